@@ -1,0 +1,1 @@
+"""(introduction to come)"""

@@ -1,0 +1,162 @@
+"""The frozen structs of a policy file: backends, models, routes, clocks, retries. Prices are USD per 1M tokens here.
+
+Every field that YAML may hold is declared in this module or in `cache_policy`, with its default, unit and meaning; the
+JSON Schema for editors is generated from these declarations and `load` refuses whatever they do not name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from policies.cache_policy import CachePolicy
+from policies.duration import Duration
+from policies.money import UsdPer1M
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
+Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class OpenAIBackendSpec(_Spec, tag_field="kind", tag="openai"):
+    """Any engine or hosted API that speaks OpenAI's protocol."""
+
+    url: Annotated[str, msgspec.Meta(pattern=r"^https?://")]
+    """Base URL up to and including `/v1`."""
+    model: str | None = None
+    """What the engine calls the model; default: the name it has here."""
+    api_key: str | None = None
+    """Sent as a bearer token. Write `${NAME}` and keep the key in the environment."""
+    headers: dict[str, str] = {}
+    max_concurrent: Count | None = None
+    """Calls in flight per worker; more are refused at once (and fall back where the route says so)."""
+    max_n: Count | None = None
+    """The largest `n` the engine takes; a larger one is fanned out into calls of one choice each."""
+    timeouts: TimeoutsSpec | None = None
+
+
+class LlamaCppBackendSpec(_Spec, tag_field="kind", tag="llamacpp"):
+    """A llama.cpp server: at `url`, or started by Forebay from `weights` on a free loopback port."""
+
+    url: Annotated[str, msgspec.Meta(pattern=r"^https?://")] | None = None
+    weights: str | None = None
+    """Path of a GGUF file, relative to the policy file. Exactly one of `url` and `weights`."""
+    threads: Count = 1
+    slots: Count = 2
+    """Requests answered at once; also the largest `n` it takes in one call."""
+    context_tokens: Count = 2048
+    """Context window per slot."""
+    chat_template: str | None = None
+    """A Jinja template that renders `messages` into a plain prompt, for a model without a chat template of its own."""
+    stop: tuple[str, ...] = ()
+    """Added to the client's stop sequences where `chat_template` is used."""
+    max_concurrent: Count | None = None
+    timeouts: TimeoutsSpec | None = None
+
+
+class ScriptedBackendSpec(_Spec, tag_field="kind", tag="scripted"):
+    """Plays a script instead of a model: for tests, demonstrations and load measurements."""
+
+    answer: str = "This is a scripted answer."
+    first_token_delay: Duration = Duration(0.0)
+    token_delay: Duration = Duration(0.0)
+    fault: Literal["none", "unreachable", "overloaded", "error", "hang", "truncate", "midstream_error", "reset"] = "none"
+    fault_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_concurrent: Count | None = None
+    timeouts: TimeoutsSpec | None = None
+
+
+BackendSpec = OpenAIBackendSpec | LlamaCppBackendSpec | ScriptedBackendSpec
+
+
+class TimeoutsSpec(_Spec):
+    """How long each phase of a call may take; all of them inside `total`."""
+
+    connect: Duration = Duration(1.0)
+    first_token: Duration = Duration(30.0)
+    idle: Duration = Duration(30.0)
+    total: Duration = Duration(300.0)
+
+
+class RetriesSpec(_Spec):
+    max_attempts: Count = 3
+    """Attempts per request, over all backends and fallbacks, before the first content token."""
+    budget: Ratio = 0.2
+    """Retries allowed as a share of requests, per worker, so that a failing backend is not stormed."""
+
+
+class PriceSpec(_Spec):
+    """USD per 1M tokens."""
+
+    input: UsdPer1M = UsdPer1M(0)
+    output: UsdPer1M = UsdPer1M(0)
+    cached_input: UsdPer1M | None = None
+
+
+class ModelSpec(_Spec):
+    backends: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    """Replicas that serve this model, by name."""
+    context_window: Count
+    """Prompt and completion together, tokens."""
+    max_output_tokens: Count | None = None
+    price: PriceSpec = PriceSpec()
+    capabilities: tuple[Literal["tools", "json_schema", "logprobs", "vision"], ...] = ()
+    owned_by: str = "forebay"
+
+
+class FixedRouteSpec(_Spec, tag_field="strategy", tag="fixed"):
+    """Always this model; the fallbacks in order when it cannot answer."""
+
+    model: str
+    fallbacks: tuple[str, ...] = ()
+
+
+class ThresholdRouteSpec(_Spec, tag_field="strategy", tag="threshold"):
+    """The small model for what is scored below `threshold`, the large one from there on."""
+
+    small: str
+    large: str
+    threshold: Ratio = 0.5
+    """Difficulty in [0, 1], see routing/difficulty. 0 sends everything to the large model."""
+    fallbacks: tuple[str, ...] | None = None
+    """Default: the other one of the two."""
+
+
+RouteSpec = FixedRouteSpec | ThresholdRouteSpec
+
+
+class PolicyFile(_Spec):
+    """One policy file, as written."""
+
+    name: Name
+    backends: Annotated[dict[Name, BackendSpec], msgspec.Meta(min_length=1)]
+    models: Annotated[dict[Name, ModelSpec], msgspec.Meta(min_length=1)]
+    routes: dict[Name, RouteSpec] = {}
+    """Names that clients use like a model; a model's own name always works too."""
+    cache: CachePolicy = CachePolicy()
+    timeouts: TimeoutsSpec = TimeoutsSpec()
+    retries: RetriesSpec = RetriesSpec()
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy file that passed every check, with the identity that headers and logs name it by."""
+
+    file: PolicyFile
+    version: str
+    """The first 12 hex digits of the BLAKE2b hash of what the file says."""
+    source: str
+    """Where it was read from, for people."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.file.name}@{self.version}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every model and route a client can name, routes first."""
+        return (*self.file.routes, *self.file.models)
