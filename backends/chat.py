@@ -81,7 +81,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that one answer took. `cached_tokens` are part of the prompt, `reasoning_tokens` part of the completion."""
+    """Tokens that one answer took. `cached_tokens` are part of the prompt, `reasoning_tokens` of the completion."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -27,10 +27,18 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
         return Amounts(tokens=self.tokens - other.tokens, cost_nano_usd=self.cost_nano_usd - other.cost_nano_usd)
 
 
+NOTHING = Amounts()
+
+MAX_EXPIRED = 10_000
+"""Expired reservations that a late settle can still find."""
+
+
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
     """A claim on a tenant's limits, alive until it is settled, released or not renewed for `lease_s`."""
 
     request_id: str
+    attempt: int
+    """Which paid attempt of the request: 0 for the first. A cascade reserves for each model it asks."""
     tenant_id: str
     amounts: Amounts
     expires_at: float
@@ -52,17 +60,122 @@ class Ledger(Protocol):
 
     lease_s: float
 
-    async def reserve(self, tenant: Tenant, request_id: str, estimate: Amounts) -> Reservation:
+    async def reserve(self, tenant: Tenant, request_id: str, estimate: Amounts, *, attempt: int = 0) -> Reservation:
         """Claim `estimate` on all of the tenant's limits at once, or raise `QuotaExceeded` and claim nothing."""
 
     async def renew(self, reservation: Reservation) -> Reservation:
         """Prolong the lease by `lease_s` from now, at the same amounts. One that has expired is claimed again."""
 
-    async def top_up(self, reservation: Reservation, more: Amounts) -> Reservation:
+    async def top_up(self, tenant: Tenant, reservation: Reservation, more: Amounts) -> Reservation:
         """Claim `more` on top, or raise `QuotaExceeded` and leave the reservation as it was."""
 
-    async def settle(self, reservation: Reservation, attempt: int, actual: Amounts) -> None:
-        """End the reservation and count `actual` in its stead. Idempotent by request id and attempt."""
+    async def settle(self, reservation: Reservation, actual: Amounts) -> None:
+        """End the reservation and count `actual` in its stead. Idempotent by request id and attempt.
+
+        One that has expired is settled all the same: an answer that was given is never free.
+        """
 
     async def release(self, reservation: Reservation) -> None:
         """End the reservation and count nothing. Idempotent."""
+
+
+class MemoryLedger:
+    """Counters of one process, lost with it. For a laptop without limits, and as the model the laws are tested against."""
+
+    def __init__(
+        self,
+        *,
+        now: Callable[[], float],
+        lease_s: float = 60.0,
+        limit_for: Callable[[Tenant], Amounts | None] = lambda tenant: None,
+    ) -> None:
+        self.lease_s = lease_s
+        self._now = now
+        self._limit_for = limit_for
+        self._live: dict[tuple[str, int], Reservation] = {}
+        self._expired: dict[tuple[str, int], Reservation] = {}
+        self._counters: dict[str, Amounts] = {}
+        self._settled: dict[str, Amounts] = {}
+
+    def counter(self, tenant_id: str) -> Amounts:
+        """What counts against the tenant's limits."""
+        return self._counters.get(tenant_id, NOTHING)
+
+    def settled(self, tenant_id: str) -> Amounts:
+        return self._settled.get(tenant_id, NOTHING)
+
+    def live(self, tenant_id: str) -> tuple[Reservation, ...]:
+        return tuple(reservation for reservation in self._live.values() if reservation.tenant_id == tenant_id)
+
+    async def reserve(self, tenant: Tenant, request_id: str, estimate: Amounts, *, attempt: int = 0) -> Reservation:
+        self._expire()
+        held = self._live.get((request_id, attempt))
+        if held is not None:
+            return held
+        self._check(tenant, estimate)
+        reservation = Reservation(
+            request_id=request_id,
+            attempt=attempt,
+            tenant_id=tenant.id,
+            amounts=estimate,
+            expires_at=self._now() + self.lease_s,
+        )
+        return self._hold(reservation)
+
+    async def renew(self, reservation: Reservation) -> Reservation:
+        held = self._take(reservation)
+        if held is None:
+            return reservation
+        return self._hold(msgspec.structs.replace(held, expires_at=self._now() + self.lease_s))
+
+    async def top_up(self, tenant: Tenant, reservation: Reservation, more: Amounts) -> Reservation:
+        self._expire()
+        self._check(tenant, more)
+        held = self._take(reservation)
+        if held is None:
+            return reservation
+        return self._hold(msgspec.structs.replace(held, amounts=held.amounts + more))
+
+    async def settle(self, reservation: Reservation, actual: Amounts) -> None:
+        if self._take(reservation) is not None:
+            self._add(reservation.tenant_id, actual)
+            self._settled[reservation.tenant_id] = self.settled(reservation.tenant_id) + actual
+
+    async def release(self, reservation: Reservation) -> None:
+        self._take(reservation)
+
+    def _check(self, tenant: Tenant, more: Amounts) -> None:
+        limit = self._limit_for(tenant)
+        if limit is None:
+            return
+        wanted = self.counter(tenant.id) + more
+        if wanted.tokens > limit.tokens:
+            raise QuotaExceeded(f"the limit of {limit.tokens} tokens is reached", limit="tokens", retry_after_s=None)
+        if wanted.cost_nano_usd > limit.cost_nano_usd:
+            dollars = f"${limit.cost_nano_usd / 1e9:.2f}"
+            raise QuotaExceeded(f"the budget of {dollars} is spent", limit="budget", retry_after_s=None)
+
+    def _hold(self, reservation: Reservation) -> Reservation:
+        self._live[reservation.request_id, reservation.attempt] = reservation
+        self._add(reservation.tenant_id, reservation.amounts)
+        return reservation
+
+    def _take(self, reservation: Reservation) -> Reservation | None:
+        """Remove the reservation, live or expired, and its claim. None where it has ended already."""
+        place = (reservation.request_id, reservation.attempt)
+        held = self._live.pop(place, None)
+        if held is None:
+            return self._expired.pop(place, None)
+        self._add(held.tenant_id, NOTHING - held.amounts)
+        return held
+
+    def _expire(self) -> None:
+        now = self._now()
+        for place, held in [item for item in self._live.items() if item[1].expires_at <= now]:
+            self._take(held)
+            self._expired[place] = held
+        while len(self._expired) > MAX_EXPIRED:
+            del self._expired[next(iter(self._expired))]
+
+    def _add(self, tenant_id: str, amounts: Amounts) -> None:
+        self._counters[tenant_id] = self.counter(tenant_id) + amounts

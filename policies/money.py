@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Decimal
+
+PATTERN = r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?"
+"""What a price looks like as text."""
+
+_NUMBER = re.compile(PATTERN)
+_NANO_DIGITS = 9
+_LIMIT_USD = Decimal(1_000_000_000)
+"""Far above any price; with it, no product of a price and a count of tokens leaves 128 bits."""
 
 
 class UsdPer1M(int):
@@ -12,12 +21,15 @@ class UsdPer1M(int):
 
     @classmethod
     def parse(cls, value: object) -> UsdPer1M:
-        """From `0.15`, `3` or `"0.15"` USD, exact to the nano-dollar. Raises ValueError."""
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
-                nano = Decimal(str(value)) * 1_000_000_000
-            except InvalidOperation:
-                nano = Decimal(-1)
-            if nano.is_finite() and nano >= 0 and nano == nano.to_integral_value():
-                return cls(int(nano))
+        """From `0.15`, `3` or `"0.15"` USD, exact to the nano-dollar, below a billion. Raises ValueError.
+
+        A loader passes the text as it was written, so that no float stands between the operator and the price.
+        """
+        text = str(value) if isinstance(value, int | float | str) else ""
+        if len(text) <= 40 and _NUMBER.fullmatch(text):
+            usd = Decimal(text)
+            exponent = usd.as_tuple().exponent
+            # Below the limit and with nine decimals a price has 18 digits: `scaleb` rounds only beyond 28.
+            if usd < _LIMIT_USD and isinstance(exponent, int) and exponent >= -_NANO_DIGITS:
+                return cls(int(usd.scaleb(_NANO_DIGITS)))
         raise ValueError("expected a price in USD per 1M tokens, zero or more, at most 9 decimals")

@@ -12,9 +12,29 @@ import msgspec
 
 from policies.cache_policy import CachePolicy
 from policies.duration import Duration
+from policies.mistakes import PolicyMistake
 from policies.money import UsdPer1M
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$")]
+# `(?!\n)$` is the very end of a text in every dialect of regular expressions; Python's `$` alone lets a newline follow.
+Name = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}(?!\n)$",
+        description="a name of at most 100 letters, digits and . _ : / - that begins with a letter or digit",
+    ),
+]
+Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s]+(?!\n)$", description="an http:// or https:// URL")]
+HeaderName = Annotated[
+    str, msgspec.Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+(?!\n)$", description="the name of an HTTP header")
+]
+HeaderValue = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[\t\x20-\x7e]*(?!\n)$", description="the value of an HTTP header, in ASCII on one line"),
+]
+ApiKey = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[\x21-\x7e]+(?!\n)$", description="a key of ASCII letters, digits and signs, no spaces"),
+]
 Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -23,16 +43,16 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pass
 
 
-class OpenAIBackendSpec(_Spec, tag_field="kind", tag="openai"):
+class OpenAIBackendSpec(_Spec, frozen=True, tag_field="kind", tag="openai"):
     """Any engine or hosted API that speaks OpenAI's protocol."""
 
-    url: Annotated[str, msgspec.Meta(pattern=r"^https?://")]
+    url: Url
     """Base URL up to and including `/v1`."""
     model: str | None = None
     """What the engine calls the model; default: the name it has here."""
-    api_key: str | None = None
+    api_key: ApiKey | None = None
     """Sent as a bearer token. Write `${NAME}` and keep the key in the environment."""
-    headers: dict[str, str] = {}
+    headers: dict[HeaderName, HeaderValue] = {}
     max_concurrent: Count | None = None
     """Calls in flight per worker; more are refused at once (and fall back where the route says so)."""
     max_n: Count | None = None
@@ -40,12 +60,12 @@ class OpenAIBackendSpec(_Spec, tag_field="kind", tag="openai"):
     timeouts: TimeoutsSpec | None = None
 
 
-class LlamaCppBackendSpec(_Spec, tag_field="kind", tag="llamacpp"):
+class LlamaCppBackendSpec(_Spec, frozen=True, tag_field="kind", tag="llamacpp"):
     """A llama.cpp server: at `url`, or started by Forebay from `weights` on a free loopback port."""
 
-    url: Annotated[str, msgspec.Meta(pattern=r"^https?://")] | None = None
+    url: Url | None = None
     weights: str | None = None
-    """Path of a GGUF file, relative to the policy file. Exactly one of `url` and `weights`."""
+    """Path of a GGUF file, relative to the policy file (`load` makes it absolute). Exactly one of `url`, `weights`."""
     threads: Count = 1
     slots: Count = 2
     """Requests answered at once; also the largest `n` it takes in one call."""
@@ -59,13 +79,15 @@ class LlamaCppBackendSpec(_Spec, tag_field="kind", tag="llamacpp"):
     timeouts: TimeoutsSpec | None = None
 
 
-class ScriptedBackendSpec(_Spec, tag_field="kind", tag="scripted"):
+class ScriptedBackendSpec(_Spec, frozen=True, tag_field="kind", tag="scripted"):
     """Plays a script instead of a model: for tests, demonstrations and load measurements."""
 
     answer: str = "This is a scripted answer."
     first_token_delay: Duration = Duration(0.0)
     token_delay: Duration = Duration(0.0)
-    fault: Literal["none", "unreachable", "overloaded", "error", "hang", "truncate", "midstream_error", "reset"] = "none"
+    fault: Literal["none", "unreachable", "overloaded", "error", "hang", "truncate", "midstream_error", "reset"] = (
+        "none"
+    )
     fault_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_concurrent: Count | None = None
     timeouts: TimeoutsSpec | None = None
@@ -74,7 +96,7 @@ class ScriptedBackendSpec(_Spec, tag_field="kind", tag="scripted"):
 BackendSpec = OpenAIBackendSpec | LlamaCppBackendSpec | ScriptedBackendSpec
 
 
-class TimeoutsSpec(_Spec):
+class TimeoutsSpec(_Spec, frozen=True):
     """How long each phase of a call may take; all of them inside `total`."""
 
     connect: Duration = Duration(1.0)
@@ -83,14 +105,14 @@ class TimeoutsSpec(_Spec):
     total: Duration = Duration(300.0)
 
 
-class RetriesSpec(_Spec):
+class RetriesSpec(_Spec, frozen=True):
     max_attempts: Count = 3
     """Attempts per request, over all backends and fallbacks, before the first content token."""
     budget: Ratio = 0.2
     """Retries allowed as a share of requests, per worker, so that a failing backend is not stormed."""
 
 
-class PriceSpec(_Spec):
+class PriceSpec(_Spec, frozen=True):
     """USD per 1M tokens."""
 
     input: UsdPer1M = UsdPer1M(0)
@@ -98,7 +120,7 @@ class PriceSpec(_Spec):
     cached_input: UsdPer1M | None = None
 
 
-class ModelSpec(_Spec):
+class ModelSpec(_Spec, frozen=True):
     backends: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     """Replicas that serve this model, by name."""
     context_window: Count
@@ -109,14 +131,14 @@ class ModelSpec(_Spec):
     owned_by: str = "forebay"
 
 
-class FixedRouteSpec(_Spec, tag_field="strategy", tag="fixed"):
+class FixedRouteSpec(_Spec, frozen=True, tag_field="strategy", tag="fixed"):
     """Always this model; the fallbacks in order when it cannot answer."""
 
     model: str
     fallbacks: tuple[str, ...] = ()
 
 
-class ThresholdRouteSpec(_Spec, tag_field="strategy", tag="threshold"):
+class ThresholdRouteSpec(_Spec, frozen=True, tag_field="strategy", tag="threshold"):
     """The small model for what is scored below `threshold`, the large one from there on."""
 
     small: str
@@ -130,7 +152,7 @@ class ThresholdRouteSpec(_Spec, tag_field="strategy", tag="threshold"):
 RouteSpec = FixedRouteSpec | ThresholdRouteSpec
 
 
-class PolicyFile(_Spec):
+class PolicyFile(_Spec, frozen=True):
     """One policy file, as written."""
 
     name: Name
@@ -151,6 +173,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """The first 12 hex digits of the BLAKE2b hash of what the file says."""
     source: str
     """Where it was read from, for people."""
+    warnings: tuple[PolicyMistake, ...] = ()
+    """What an operator should look at, though it refuses nothing."""
 
     @property
     def label(self) -> str:

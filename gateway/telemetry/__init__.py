@@ -1,1 +1,1 @@
-"""(introduction to come)"""
+"""What operators see: `metrics` names every metric once, `record` turns what happened into them, `logs` writes lines."""

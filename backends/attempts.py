@@ -1,0 +1,219 @@
+"""How one request becomes an answer: which targets are tried, until when, and when a stream is committed.
+
+The *commit point* is the first event with content. Before it every failure is ours to repair: another replica, a
+fallback model, or the same one again, within the deadline, the attempt limit and the retry budget. After it the answer
+belongs to the client and a failure ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+
+import anyio
+import msgspec
+
+from backends.backend import Backend, Call, Timeouts
+from backends.catalog import ModelCard
+from backends.chat import ChatRequest, Event
+from backends.errors import BackendError, BackendFailed, BackendProtocolError, BackendUnreachable
+from backends.health import Ejections, RetryBudget
+from backends.slots import Flow, Slot, Slots
+
+CLOSE_WITHIN_S = 1.0
+RETRY_AFTER_S = 0.05
+"""Wait before the same target is asked again, doubled each time, with full jitter."""
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A model at one of its backends."""
+
+    card: ModelCard
+    backend: Backend
+    timeouts: Timeouts = Timeouts()
+
+
+class FailedAttempt(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    backend: str
+    error: BackendError
+    elapsed_s: float
+    ejected: bool
+    """Whether this failure ejected the backend."""
+
+
+class OpenAnswer:
+    """A committed answer: `target` gives it, `failed` is what was tried before. Iterate it once, then `aclose` it.
+
+    Iterating raises `AnswerBroke` where the answer fails after it was committed.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        attempt: int,
+        held: Iterable[Event],
+        events: AsyncGenerator[Event, None],
+        slot: Slot,
+        failed: tuple[FailedAttempt, ...],
+        started_at: float,
+        attempts: Attempts,
+    ) -> None:
+        self.target = target
+        self.attempt = attempt
+        self.failed = failed
+        self.started_at = started_at
+        """When this attempt began, on the event loop's clock."""
+        self._held = deque(held)
+        self._events = events
+        self._slot = slot
+        self._attempts = attempts
+
+    def __aiter__(self) -> OpenAnswer:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._held:
+            return self._held.popleft()
+        try:
+            return await self._events.__anext__()
+        except BackendError as error:
+            raise AnswerBroke(self._attempts.note_failure(self.target, error, self.started_at)) from error
+
+    async def aclose(self) -> None:
+        self._slot.release()
+        await _close(self._events)
+
+
+class Attempts:
+    """Tries targets until one commits. Holds what outlives a request: ejections, the retry budget, slots."""
+
+    def __init__(
+        self,
+        *,
+        ejections: Ejections,
+        budget: RetryBudget,
+        slots: Slots,
+        max_attempts: int,
+        jitter: Callable[[], float],
+    ) -> None:
+        self._ejections = ejections
+        self._budget = budget
+        self._slots = slots
+        self._max_attempts = max_attempts
+        self._jitter = jitter
+
+    async def open(
+        self, request: ChatRequest, targets: Sequence[Target], *, request_id: str, flow: Flow, deadline: float
+    ) -> OpenAnswer:
+        """The first answer that commits. Raises `AttemptsFailed` where none does.
+
+
+        """
+        clock = asyncio.get_running_loop().time
+        self._budget.earn()
+        failed: list[FailedAttempt] = []
+        for attempt, target in enumerate(self._plan(targets)):
+            if attempt and not await self._may_retry(failed[-1], target, attempt, deadline):
+                break
+            started_at = clock()
+            call = Call(
+                request=request,
+                model=target.card.name,
+                request_id=request_id,
+                deadline=deadline,
+                timeouts=target.timeouts,
+            )
+            try:
+                return await self._attempt(call, target, attempt, flow, tuple(failed), started_at)
+            except BackendError as error:
+                failed.append(self.note_failure(target, error, started_at))
+                if not error.retryable:
+                    break
+        raise AttemptsFailed(tuple(failed))
+
+    def note_failure(self, target: Target, error: BackendError, started_at: float) -> FailedAttempt:
+        """Hold a failure against its backend, before the commit point or after it."""
+        error.backend, error.model = target.backend.name, target.card.name
+        return FailedAttempt(
+            model=target.card.name,
+            backend=target.backend.name,
+            error=error,
+            elapsed_s=asyncio.get_running_loop().time() - started_at,
+            ejected=self._ejections.failed(target.backend.name, error),
+        )
+
+    def _plan(self, targets: Sequence[Target]) -> list[Target]:
+        """Each target once, ejected ones last; then from the front again as long as attempts are left."""
+        ordered = [targets[index] for index in self._ejections.order([target.backend.name for target in targets])]
+        return [ordered[attempt % len(ordered)] for attempt in range(self._max_attempts)]
+
+    async def _may_retry(self, last: FailedAttempt, target: Target, attempt: int, deadline: float) -> bool:
+        again = target.backend.name == last.backend
+        if again and not isinstance(last.error, BackendUnreachable | BackendFailed):
+            return False  # it is busy, slow, or has answered nonsense: asking it again at once will not help
+        if not self._budget.spend():
+            return False
+        pause_s = RETRY_AFTER_S * 2**attempt * self._jitter() if again else 0.0
+        if asyncio.get_running_loop().time() + pause_s >= deadline:
+            return False
+        await anyio.sleep(pause_s)
+        return True
+
+    async def _attempt(
+        self,
+        call: Call,
+        target: Target,
+        attempt: int,
+        flow: Flow,
+        failed: tuple[FailedAttempt, ...],
+        started_at: float,
+    ) -> OpenAnswer:
+        name = target.backend.name
+        slot = await self._slots.acquire(name, flow, deadline=call.deadline)
+        self._ejections.began(name)
+        events = target.backend.answer(call)
+        held: list[Event] = []
+        try:
+            async for event in events:
+                held.append(event)
+                if event.has_content:
+                    self._ejections.succeeded(name)
+                    return OpenAnswer(target, attempt, held, events, slot, failed, started_at, self)
+            raise BackendProtocolError("the answer ended before it said anything")
+        except BaseException as error:
+            slot.release()
+            if not isinstance(error, BackendError):
+                self._ejections.abandoned(name)
+            await _close(events)
+            raise
+
+
+class AttemptsFailed(Exception):
+    """No target committed. `failed` holds every attempt, the last of them the one to report."""
+
+    def __init__(self, failed: tuple[FailedAttempt, ...]) -> None:
+        super().__init__(str(failed[-1].error))
+        self.failed = failed
+
+    @property
+    def error(self) -> BackendError:
+        return self.failed[-1].error
+
+
+class AnswerBroke(Exception):
+    """A committed answer ended in an error: `failed` is the attempt, which nothing can repair any more."""
+
+    def __init__(self, failed: FailedAttempt) -> None:
+        super().__init__(str(failed.error))
+        self.failed = failed
+
+    @property
+    def error(self) -> BackendError:
+        return self.failed.error
+
+
+async def _close(events: AsyncGenerator[Event, None]) -> None:
+    with anyio.move_on_after(CLOSE_WITHIN_S, shield=True):
+        await events.aclose()

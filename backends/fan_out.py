@@ -1,0 +1,164 @@
+"""Several choices from an engine that gives fewer at a time: one request becomes several calls, then one answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import anyio
+import msgspec
+
+from backends.backend import Backend, Call, Load
+from backends.chat import Event, parse_event
+from backends.fold import unfold
+
+_BUFFERED_EVENTS = 64
+"""Events of all calls together that wait for a slow reader, before it slows the engine."""
+_HANG_UP_WITHIN_S = 1.0
+
+Json = dict[str, Any]
+
+
+class FanOut:
+    """A `Backend` that answers any `n` through one that takes at most `max_n` choices a call.
+
+    A request within `max_n` passes through untouched. Of a larger one, all calls run at once; their frames come as they
+    arrive, under one id, with the choices numbered through; usage is the sum of what all calls took, prompts included,
+    since that is what was consumed, and is missing where any call reported none. A seed goes to each call offset by its
+    first choice, so that equal seeds give equal answers and choices still differ. The first call that fails ends all.
+    """
+
+    def __init__(self, backend: Backend, max_n: int) -> None:
+        self._backend = backend
+        self._max_n = max_n
+
+    @property
+    def name(self) -> str:
+        return self._backend.name
+
+    @property
+    def load(self) -> Load:
+        return self._backend.load
+
+    async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
+        """See `Backend.answer`."""
+        if call.request.n <= self._max_n:
+            async with aclosing(self._backend.answer(call)) as events:
+                async for event in events:
+                    yield event
+            return
+        calls = self._split(call)
+        answers = _Answers(call, len(calls))
+        # A task group may not be held open over a yield, so it lives in a task of its own, which this generator owns.
+        run = asyncio.get_running_loop().create_task(answers.gather(self._backend, calls))
+        try:
+            with answers.events as events:
+                async for event in events:
+                    yield event
+            await run
+            for event in answers.closing():
+                yield event
+        finally:
+            run.cancel()
+            with anyio.move_on_after(_HANG_UP_WITHIN_S, shield=True):
+                await asyncio.wait([run])
+            if run.done() and not run.cancelled():
+                run.exception()  # seen, so that asyncio does not report it as lost
+
+    async def check(self, *, within_s: float) -> None:
+        await self._backend.check(within_s=within_s)
+
+    async def aclose(self) -> None:
+        await self._backend.aclose()
+
+    def _split(self, call: Call) -> dict[int, Call]:
+        """The calls to make, by the index of their first choice."""
+        request = call.request
+        calls = {}
+        for first in range(0, request.n, self._max_n):
+            changes: Json = {"n": min(self._max_n, request.n - first)}
+            if request.seed is not None:
+                changes["seed"] = request.seed + first
+            part = msgspec.structs.replace(request, fields=request.with_fields(**changes), **changes)
+            calls[first] = msgspec.structs.replace(call, request=part)
+        return calls
+
+
+class _Answers:
+    """The answers of all calls on their way into one."""
+
+    def __init__(self, call: Call, calls: int) -> None:
+        self._operation = call.request.operation
+        self._stream = call.request.stream
+        self._calls = calls
+        self._sender, self.events = anyio.create_memory_object_stream[Event](_BUFFERED_EVENTS)
+        self._head: Json = {}
+        self._wholes: dict[int, Json] = {}
+        self._usages: dict[int, Json] = {}
+
+    async def gather(self, backend: Backend, calls: dict[int, Call]) -> None:
+        """Run the calls, and end `events` when they end. Raises the failure that came first."""
+        with self._sender:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for first, call in calls.items():
+                        group.create_task(self._take(backend, call, first))
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+
+    def closing(self) -> Iterable[Event]:
+        """What can be said only when all calls have ended: the whole answer, or a stream's usage."""
+        usage = _sum(list(self._usages.values())) if len(self._usages) == self._calls else None
+        if self._stream:
+            if usage is not None:
+                yield parse_event(msgspec.json.encode({**self._head, "choices": [], "usage": usage}))
+            return
+        parts = [self._wholes[first] for first in sorted(self._wholes)]
+        answer = {**parts[0], "choices": [choice for part in parts for choice in part["choices"]]}
+        answer.pop("usage", None)
+        if usage is not None:
+            answer["usage"] = usage
+        yield parse_event(msgspec.json.encode(answer), whole=True)
+
+    async def _take(self, backend: Backend, call: Call, first: int) -> None:
+        async with aclosing(backend.answer(call)) as events:
+            async for event in events:
+                if not self._stream:
+                    self._wholes[first] = self._renumbered(event.raw, first)
+                elif event.whole:
+                    for raw in unfold(event.raw, self._operation, include_usage=True):
+                        await self._relay(raw, first)
+                else:
+                    await self._relay(event.raw, first)
+
+    async def _relay(self, raw: bytes, first: int) -> None:
+        frame = self._renumbered(raw, first)
+        if not self._head:
+            self._head = {name: frame[name] for name in ("id", "object", "created", "model") if name in frame}
+        if frame.pop("usage", None) is None or frame.get("choices"):
+            await self._sender.send(parse_event(msgspec.json.encode({**frame, **self._head})))
+
+    def _renumbered(self, raw: bytes, first: int) -> Json:
+        answer = msgspec.json.decode(raw, type=Json)
+        for choice in answer.get("choices") or ():
+            choice["index"] = (choice.get("index") or 0) + first
+        if answer.get("usage"):
+            self._usages[first] = answer["usage"]
+        return answer
+
+
+def _sum(usages: Sequence[Json]) -> Json:
+    """Counts added up field by field, nested ones too; what is no number is the first one's."""
+    total: Json = {}
+    for usage in usages:
+        for name, value in usage.items():
+            known = total.get(name)
+            if isinstance(value, dict):
+                total[name] = _sum([known, value]) if isinstance(known, dict) else value
+            elif isinstance(value, int | float) and isinstance(known, int | float):
+                total[name] = known + value
+            elif known is None:
+                total[name] = value
+    return total

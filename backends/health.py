@@ -1,0 +1,96 @@
+"""Which backends to ask last, and how many retries the traffic can afford."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from backends.errors import BackendError
+
+
+@dataclass(slots=True)
+class _Record:
+    failures: int = 0
+    ejections: int = 0
+    ejected_until: float = 0.0
+    probing: bool = False
+
+
+@dataclass(slots=True)
+class Ejections:
+    """Backends that failed `threshold` times in a row are *ejected*: asked only when nobody else is left.
+
+    Only faults of the upstream count, never a client's or an operator's. An ejection lasts `base_s`, doubled each time
+    up to `cap_s`; when it is over, one request probes the backend while the others still prefer the rest. Since an
+    ejected backend is asked last rather than never, the last one standing is never out of reach.
+    """
+
+    now: Callable[[], float]
+    threshold: int = 5
+    base_s: float = 5.0
+    cap_s: float = 60.0
+    _records: dict[str, _Record] = field(default_factory=dict)
+
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Indices of `names`, ejected ones last, otherwise in the order given."""
+        return sorted(range(len(names)), key=lambda index: self.is_ejected(names[index]))
+
+    def is_ejected(self, name: str) -> bool:
+        record = self._records.get(name)
+        if record is None or record.ejections == 0:
+            return False
+        return record.probing or self.now() < record.ejected_until
+
+    def began(self, name: str) -> None:
+        """An attempt begins; after an ejection it is the probe that decides."""
+        record = self._records.get(name)
+        if record is not None and record.ejections and self.now() >= record.ejected_until:
+            record.probing = True
+
+    def succeeded(self, name: str) -> bool:
+        """An attempt brought an answer. Returns whether this ended an ejection."""
+        record = self._records.pop(name, None)
+        return record is not None and record.ejections > 0
+
+    def failed(self, name: str, error: BackendError) -> bool:
+        """An attempt failed. Returns whether this ejected the backend."""
+        if not error.upstream_fault:
+            self.abandoned(name)
+            return False
+        record = self._records.setdefault(name, _Record())
+        record.failures += 1
+        if not record.probing and record.failures < self.threshold:
+            return False
+        record.probing = False
+        record.failures = 0
+        record.ejections += 1
+        record.ejected_until = self.now() + min(self.base_s * 2 ** (record.ejections - 1), self.cap_s)
+        return True
+
+    def abandoned(self, name: str) -> None:
+        """An attempt ended without saying anything about the backend, such as by its client leaving."""
+        record = self._records.get(name)
+        if record is not None:
+            record.probing = False
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """Retries as a share of requests, so that a failing engine is not stormed by its own clients.
+
+    Every request earns `ratio` of a retry, up to `cap`; every retry spends one.
+    """
+
+    ratio: float
+    cap: float = 10.0
+    _saved: float = field(default=10.0)
+
+    def earn(self) -> None:
+        self._saved = min(self._saved + self.ratio, self.cap)
+
+    def spend(self) -> bool:
+        """Whether one more retry may be made; it is paid for then."""
+        if self._saved < 1.0:
+            return False
+        self._saved -= 1.0
+        return True

@@ -1,0 +1,31 @@
+"""Compresses a whole answer for a client that asks for it. Streams are never compressed: they would be held back."""
+
+from __future__ import annotations
+
+import gzip
+
+import zstandard
+
+MIN_BYTES = 2048
+"""Below this a compressed answer saves less than a packet."""
+
+
+def compress(body: bytes, accept_encoding: str | None) -> tuple[bytes, str | None]:
+    """The body and its `content-encoding`: zstd where the client takes it, else gzip, else as it is."""
+    if accept_encoding is None or len(body) < MIN_BYTES:
+        return body, None
+    accepted = _accepted(accept_encoding)
+    if "zstd" in accepted:
+        return zstandard.ZstdCompressor(level=1).compress(body), "zstd"
+    if "gzip" in accepted:
+        return gzip.compress(body, compresslevel=1, mtime=0), "gzip"
+    return body, None
+
+
+def _accepted(header: str) -> frozenset[str]:
+    names = set()
+    for item in header.lower().split(","):
+        name, _, quality = item.partition(";")
+        if quality.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000"):
+            names.add(name.strip())
+    return frozenset(names)

@@ -1,0 +1,129 @@
+"""A policy, compiled: everything a request needs from it, in one object that is swapped as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from backends.attempts import Attempts, Target
+from backends.backend import Backend, Timeouts
+from backends.catalog import ModelCard, Price
+from cache.key import AnswerScope
+from policies.routing_policy import (
+    BackendSpec,
+    FixedRouteSpec,
+    LlamaCppBackendSpec,
+    ModelSpec,
+    Policy,
+    PolicyFile,
+    ScriptedBackendSpec,
+    TimeoutsSpec,
+)
+from routing.balance import least_loaded
+from routing.difficulty import Scorer
+from routing.router import Router
+
+
+class UnknownModel(Exception):
+    """The client named neither a model nor a route. `known` are the names this key may use."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"the model '{name}' does not exist; known: {', '.join(known) or 'none'}")
+        self.name = name
+        self.known = known
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One policy at work."""
+
+    policy: Policy
+    models: Mapping[str, ModelCard]
+    backends: Mapping[str, Backend]
+    timeouts: Mapping[str, Timeouts]
+    """By backend name."""
+    scopes: Mapping[str, AnswerScope]
+    """By model or route name: what an exact answer under that name depends on."""
+    router: Router
+    attempts: Attempts
+
+    def targets(self, candidates: tuple[ModelCard, ...]) -> list[Target]:
+        """Every backend of every candidate, candidates in order, replicas of one model least loaded first."""
+        return [
+            Target(card=card, backend=backend, timeouts=self.timeouts[backend.name])
+            for card in candidates
+            for backend in least_loaded([self.backends[name] for name in card.backends])
+        ]
+
+
+def compile_snapshot(
+    policy: Policy,
+    *,
+    build_backend: Callable[[str, BackendSpec], Backend],
+    build_attempts: Callable[[PolicyFile], Attempts],
+    scorer: Scorer,
+) -> Snapshot:
+    """Compile a checked policy. What `build_backend` raises refuses the policy as a whole."""
+    file = policy.file
+    models = {name: _card(name, spec) for name, spec in file.models.items()}
+    return Snapshot(
+        policy=policy,
+        models=models,
+        backends={name: build_backend(name, spec) for name, spec in file.backends.items()},
+        timeouts={name: _timeouts(spec.timeouts or file.timeouts) for name, spec in file.backends.items()},
+        scopes=_scopes(file),
+        router=Router(models, file.routes, scorer),
+        attempts=build_attempts(file),
+    )
+
+
+def _card(name: str, spec: ModelSpec) -> ModelCard:
+    price = spec.price
+    return ModelCard(
+        name=name,
+        price=Price(
+            input_nano_usd_per_1m=price.input,
+            output_nano_usd_per_1m=price.output,
+            cached_input_nano_usd_per_1m=price.cached_input,
+        ),
+        context_window_tokens=spec.context_window,
+        max_output_tokens=spec.max_output_tokens,
+        capabilities=frozenset(spec.capabilities),
+        owned_by=spec.owned_by,
+        backends=spec.backends,
+    )
+
+
+def _timeouts(spec: TimeoutsSpec) -> Timeouts:
+    return Timeouts(connect_s=spec.connect, first_token_s=spec.first_token, idle_s=spec.idle, total_s=spec.total)
+
+
+def _scopes(file: PolicyFile) -> dict[str, AnswerScope]:
+    """What can change an answer under each name: the engines behind a model; the rule and the models of a route."""
+    models = {name: _digest([_answering(file.backends[backend]) for backend in m.backends]) for name, m in file.models.items()}
+    scopes = {name: AnswerScope(name=name, settings_digest=d, epoch=file.cache.epoch) for name, d in models.items()}
+    for name, route in file.routes.items():
+        used = (
+            [route.model, *route.fallbacks]
+            if isinstance(route, FixedRouteSpec)
+            else [route.small, route.large, *(route.fallbacks or ())]
+        )
+        settings = [msgspec.to_builtins(route), {model: models[model] for model in used}]
+        scopes[name] = AnswerScope(name=name, settings_digest=_digest(settings), epoch=file.cache.epoch)
+    return scopes
+
+
+def _answering(spec: BackendSpec) -> list[object]:
+    """The settings of a backend that its answers depend on; keys, clocks and limits are not among them."""
+    if isinstance(spec, LlamaCppBackendSpec):
+        return ["llamacpp", spec.url, spec.weights, spec.context_tokens, spec.chat_template, spec.stop]
+    if isinstance(spec, ScriptedBackendSpec):
+        return ["scripted", spec.answer]
+    return ["openai", spec.url, spec.model]
+
+
+def _digest(settings: object) -> str:
+    return hashlib.blake2b(msgspec.json.encode(settings, order="sorted"), digest_size=8).hexdigest()

@@ -1,0 +1,158 @@
+"""What a policy's parts say about each other: names that exist, routes that differ, clocks that can run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any, TypeVar
+
+import msgspec
+
+from policies.conform import Conformed
+from policies.mistakes import Findings, Path, suggestion
+from policies.routing_policy import (
+    BackendSpec,
+    FixedRouteSpec,
+    LlamaCppBackendSpec,
+    ModelSpec,
+    RouteSpec,
+    ThresholdRouteSpec,
+    TimeoutsSpec,
+)
+
+T = TypeVar("T")
+
+
+def check_references(policy: Conformed, folder: FilePath, findings: Findings) -> None:
+    """Note what is wrong between the sound parts of a policy. A part with mistakes of its own still has its name.
+
+    `folder` is where relative paths of weights begin.
+    """
+    _Check(policy, folder, findings).run()
+
+
+class _Check:
+    def __init__(self, policy: Conformed, folder: FilePath, findings: Findings) -> None:
+        self._policy = policy
+        self._folder = folder
+        self._findings = findings
+        self._backends = self._parts("backends", BackendSpec)
+        self._models = self._parts("models", ModelSpec)
+        self._routes = self._parts("routes", RouteSpec)
+
+    def run(self) -> None:
+        for name, backend in self._sound(self._backends):
+            self._backend(("backends", name), backend)
+        for name, model in self._sound(self._models):
+            self._model(("models", name), model)
+        for name in self._routes:
+            if name in self._models:
+                self._mistake(("routes", name), "a model has this name", "give the route another name", at_key=True)
+        for name, route in self._sound(self._routes):
+            self._route(("routes", name), route)
+        if self._policy.is_sound(("timeouts",)):
+            self._timeouts(("timeouts",), msgspec.convert(self._policy.data["timeouts"], TimeoutsSpec))
+        self._unused_backends()
+
+    def _backend(self, path: Path, backend: BackendSpec) -> None:
+        if isinstance(backend, LlamaCppBackendSpec):
+            if (backend.url is None) == (backend.weights is None):
+                which = "neither" if backend.url is None else "both"
+                remedy = "url for a server that runs, weights for one that Forebay starts"
+                self._mistake(path, f"needs exactly one of 'url' and 'weights', has {which}", remedy, at_key=True)
+            elif backend.weights is not None:
+                self._weights((*path, "weights"), backend.weights)
+        if backend.timeouts is not None:
+            self._timeouts((*path, "timeouts"), backend.timeouts)
+
+    def _weights(self, path: Path, weights: str) -> None:
+        try:
+            is_file = (self._folder / weights).is_file()
+        except OSError:
+            is_file = False
+        if not is_file:
+            remedy = "a path is relative to the policy file; download the model or correct the path"
+            self._mistake(path, f"no such file: {self._policy.shown(path, weights)}", remedy)
+
+    def _model(self, path: Path, model: ModelSpec) -> None:
+        self._known((*path, "backends"), model.backends, self._backends, "backend")
+        if model.max_output_tokens is not None and model.max_output_tokens > model.context_window:
+            self._mistake((*path, "max_output_tokens"), f"exceeds the context window of {model.context_window} tokens")
+        for i, name in enumerate(model.backends):
+            backend = self._backends.get(name)
+            if (
+                isinstance(backend, LlamaCppBackendSpec)
+                and backend.weights
+                and backend.context_tokens < (model.context_window)
+            ):
+                message = f"backend {name!r} is started with {backend.context_tokens} tokens of context, "
+                message += f"the model promises {model.context_window}"
+                self._warning((*path, "backends", i), message, "raise context_tokens or lower context_window")
+
+    def _route(self, path: Path, route: RouteSpec) -> None:
+        tried: set[str] = set()
+        match route:
+            case FixedRouteSpec():
+                self._known((*path, "model"), route.model, self._models, "model")
+                tried.add(route.model)
+            case ThresholdRouteSpec():
+                for size, name in (("small", route.small), ("large", route.large)):
+                    self._known((*path, size), name, self._models, "model")
+                if route.small == route.large:
+                    remedy = "name two models, or use strategy: fixed"
+                    self._mistake((*path, "large"), "the same model as 'small'", remedy)
+        self._known((*path, "fallbacks"), route.fallbacks or (), self._models, "model")
+        for i, name in enumerate(route.fallbacks or ()):
+            if name in tried:
+                self._warning((*path, "fallbacks", i), "is tried already when its turn comes", "remove it")
+            tried.add(name)
+
+    def _known(self, path: Path, names: str | tuple[str, ...], known: Mapping[str, object], noun: str) -> None:
+        one = isinstance(names, str)
+        for i, name in enumerate((names,) if isinstance(names, str) else names):
+            if name in known:
+                continue
+            here = path if one else (*path, i)
+            is_route = noun == "model" and name in self._routes
+            remedy = "this is a route; name a model" if is_route else suggestion(name, known, noun=f"known {noun}s")
+            self._mistake(here, f"unknown {noun} {self._policy.shown(here, name)}", remedy)
+
+    def _timeouts(self, path: Path, timeouts: TimeoutsSpec) -> None:
+        """Only what was written can be mistaken: a default is cut short by `total` without harm."""
+        for phase in ("connect", "first_token", "idle", "total"):
+            here = (*path, phase)
+            if here not in self._policy.values:
+                continue
+            seconds = float(getattr(timeouts, phase))
+            if seconds == 0:
+                self._mistake(here, "is zero: every call would fail")
+            elif seconds > timeouts.total:
+                self._mistake(here, f"is longer than total ({timeouts.total:g}s)", "raise total or lower it")
+
+    def _unused_backends(self) -> None:
+        if not all(self._models.values()):
+            return
+        used = {name for _, model in self._sound(self._models) for name in model.backends}
+        for name in self._backends:
+            if name not in used:
+                self._warning(("backends", name), "no model uses this backend", "remove it or name it in a model")
+
+    def _parts(self, section: str, kind: Any) -> dict[str, Any]:
+        """The section's parts by name; None for one that has mistakes."""
+        data = self._policy.data.get(section) if isinstance(self._policy.data, dict) else None
+        written = [path[1] for path in self._policy.keys if len(path) == 2 and path[0] == section]
+        return {
+            str(name): msgspec.convert(data[name], kind) if data and self._policy.is_sound((section, name)) else None
+            for name in written
+        }
+
+    @staticmethod
+    def _sound(parts: Mapping[str, T | None]) -> Iterator[tuple[str, T]]:
+        return ((name, part) for name, part in parts.items() if part is not None)
+
+    def _mistake(self, path: Path, message: str, remedy: str = "", *, at_key: bool = False) -> None:
+        place = self._policy.key_place(path) if at_key else self._policy.place(path)
+        self._findings.mistake(place, path, message, remedy)
+
+    def _warning(self, path: Path, message: str, remedy: str) -> None:
+        self._findings.warning(self._policy.key_place(path), path, message, remedy)
