@@ -7,7 +7,7 @@ belongs to the client and a failure ends it.
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
@@ -107,17 +107,13 @@ class Attempts:
     async def open(
         self, request: ChatRequest, targets: Sequence[Target], *, request_id: str, flow: Flow, deadline: float
     ) -> OpenAnswer:
-        """The first answer that commits. Raises `AttemptsFailed` where none does.
-
-
-        """
-        clock = asyncio.get_running_loop().time
+        """The first answer that commits. Raises `AttemptsFailed` where none does."""
         self._budget.earn()
         failed: list[FailedAttempt] = []
         for attempt, target in enumerate(self._plan(targets)):
             if attempt and not await self._may_retry(failed[-1], target, attempt, deadline):
                 break
-            started_at = clock()
+            started_at = time.monotonic()
             call = Call(
                 request=request,
                 model=target.card.name,
@@ -140,7 +136,7 @@ class Attempts:
             model=target.card.name,
             backend=target.backend.name,
             error=error,
-            elapsed_s=asyncio.get_running_loop().time() - started_at,
+            elapsed_s=time.monotonic() - started_at,
             ejected=self._ejections.failed(target.backend.name, error),
         )
 
@@ -156,7 +152,7 @@ class Attempts:
         if not self._budget.spend():
             return False
         pause_s = RETRY_AFTER_S * 2**attempt * self._jitter() if again else 0.0
-        if asyncio.get_running_loop().time() + pause_s >= deadline:
+        if time.monotonic() + pause_s >= deadline:
             return False
         await anyio.sleep(pause_s)
         return True

@@ -23,7 +23,7 @@ class Message(msgspec.Struct, frozen=True):
 
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: tuple[msgspec.Raw, ...] | None = None
     tool_call_id: str | None = None
 
     @property
@@ -128,14 +128,12 @@ class Delta(msgspec.Struct, frozen=True):
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: tuple[msgspec.Raw, ...] | None = None
 
     @property
     def has_content(self) -> bool:
         """Whether a reader would notice: text, reasoning, a refusal or a tool call, but not a bare role."""
-        return bool(self.content or self.reasoning_content or self.reasoning or self.refusal) or (
-            self.tool_calls is not None and bytes(self.tool_calls) not in (b"null", b"[]")
-        )
+        return bool(self.content or self.reasoning_content or self.reasoning or self.refusal or self.tool_calls)
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ import anyio
 import msgspec
 
 from backends.backend import Backend, Call, Load
-from backends.chat import Event, parse_event
+from backends.chat import ChatRequest, Event, parse_event
 from backends.fold import unfold
 
 _BUFFERED_EVENTS = 64
@@ -24,10 +24,11 @@ Json = dict[str, Any]
 class FanOut:
     """A `Backend` that answers any `n` through one that takes at most `max_n` choices a call.
 
-    A request within `max_n` passes through untouched. Of a larger one, all calls run at once; their frames come as they
-    arrive, under one id, with the choices numbered through; usage is the sum of what all calls took, prompts included,
-    since that is what was consumed, and is missing where any call reported none. A seed goes to each call offset by its
-    first choice, so that equal seeds give equal answers and choices still differ. The first call that fails ends all.
+    A request within `max_n`, or with a list of prompts, passes through untouched. Of any other, all calls run at once;
+    their frames come as they arrive, under one id, with the choices numbered through. Usage is the sum of what all
+    calls took, prompts included, since that is what was consumed; it is missing where any call reported none. A seed
+    goes to each call offset by its first choice, so that equal seeds give equal answers and choices still differ. The
+    first call that fails ends all.
     """
 
     def __init__(self, backend: Backend, max_n: int) -> None:
@@ -44,7 +45,7 @@ class FanOut:
 
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
-        if call.request.n <= self._max_n:
+        if call.request.n <= self._max_n or _has_many_prompts(call.request):
             async with aclosing(self._backend.answer(call)) as events:
                 async for event in events:
                     yield event
@@ -84,6 +85,11 @@ class FanOut:
             part = msgspec.structs.replace(request, fields=request.with_fields(**changes), **changes)
             calls[first] = msgspec.structs.replace(call, request=part)
         return calls
+
+
+def _has_many_prompts(request: ChatRequest) -> bool:
+    """Whether `n` counts prompts as well, which are not ours to take apart."""
+    return request.operation == "text_completion" and request.prompt is None
 
 
 class _Answers:

@@ -139,8 +139,8 @@ def _merged_field(name: str, values: Sequence[Any]) -> Any:
 
 def _fold_tool_calls(values: Sequence[Any]) -> list[Json] | None:
     """Tool calls by their `index`; a piece without one continues the call of its `id`, else the last call."""
-    calls: dict[object, list[Json]] = {}
-    last: object = None
+    calls: dict[int | str, list[Json]] = {}
+    last: int | str = ""
     for piece in (piece for value in values if value is not None for piece in value):
         if piece.get("index") is not None:
             last = piece["index"]
@@ -149,7 +149,8 @@ def _fold_tool_calls(values: Sequence[Any]) -> list[Json] | None:
         calls.setdefault(last, []).append({name: value for name, value in piece.items() if name != "index"})
     if not calls and all(value is None for value in values):
         return None
-    return [_merged(pieces) for pieces in calls.values()]
+    in_order = sorted(calls, key=lambda index: index if isinstance(index, int) else 0)
+    return [_merged(calls[index]) for index in in_order]
 
 
 def _continued(values: Sequence[Any]) -> Any:

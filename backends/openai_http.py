@@ -291,17 +291,15 @@ class _Exchange:
 
     @property
     def _is_complete(self) -> bool:
-        """Whether every choice that was asked for has finished; never, where their number is not known."""
-        request = self._call.request
-        if request.operation == "text_completion" and request.prompt is None:
-            return False
-        return len(self._finished) >= max(request.n, len(self._begun))
+        """Whether every choice that was asked for has finished."""
+        return len(self._finished) >= max(self._call.request.n, len(self._begun))
 
     def _clock(self) -> tuple[str, float]:
         """The phase that the next wait belongs to, and when it ends."""
         if not self._has_content:
             return "first_token", self._first_token_by
-        return "idle", self._loop.time() + (_TRAILER_S if self._is_complete else self._call.timeouts.idle_s)
+        idle_s = self._call.timeouts.idle_s
+        return "idle", self._loop.time() + (min(idle_s, _TRAILER_S) if self._is_complete else idle_s)
 
     async def _wait(self, pending: Coroutine[object, object, _T], phase: str, until: float) -> _T:
         """Await `pending` until then at most, and turn what goes wrong into its cause."""

@@ -71,10 +71,10 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     reports_usage: bool = True
 
-    @classmethod
-    def of(cls, answer: str) -> Script:
-        """A script whose tokens are the words of `answer`."""
-        return cls(tokens=tuple(_WORDS.findall(answer)))
+
+def tokens_of(answer: str) -> tuple[str, ...]:
+    """The words of `answer`, each with the space behind it, as a script's tokens."""
+    return tuple(_WORDS.findall(answer))
 
 
 class ScriptedBackend:

@@ -7,6 +7,7 @@ the backend reports. The vocabularies ship with the package (see `ranks/`): coun
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import hashlib
 import math
@@ -19,6 +20,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 import tiktoken
+from anyio.lowlevel import RunVar
 
 Vocabulary = Literal["cl100k_base", "o200k_base"]
 
@@ -62,8 +64,9 @@ _RANKS: dict[Vocabulary, _Ranks] = {
 }
 
 
+@functools.cache
 def load_encoding(vocabulary: Vocabulary) -> tiktoken.Encoding:
-    """Build a vocabulary from the ranks that ship with the package: 0.3 to 1 s of CPU, so never on the event loop.
+    """A vocabulary, built once from the ranks that ship with the package: up to 1 s of CPU, never on the event loop.
 
     Raises ValueError where the shipped file is not the published one.
     """
@@ -87,24 +90,29 @@ def count_in(encoding: tiktoken.Encoding, text: str) -> int:
     return sum(len(encoding.encode_ordinary(piece)) for piece in pieces)
 
 
-class TokenCounter:
-    """Counts tokens in one worker thread, so that a long text holds up no request; loads vocabularies at first use."""
+async def count_tokens(text: str, vocabulary: Vocabulary = "o200k_base") -> int:
+    """Tokens of `text`, counted in a worker thread, one text at a time, so that a long one holds up no request.
 
-    def __init__(self) -> None:
-        self._encodings: dict[Vocabulary, tiktoken.Encoding] = {}
-        self._one_at_a_time = anyio.CapacityLimiter(1)
+    The first count of a vocabulary loads it. A caller that is cancelled leaves at once; its count ends for nobody.
+    """
+    return await anyio.to_thread.run_sync(_count, text, vocabulary, limiter=_one_at_a_time(), abandon_on_cancel=True)
 
-    async def count_tokens(self, text: str, vocabulary: Vocabulary = "o200k_base") -> int:
-        """Tokens of `text`. A caller that is cancelled leaves at once; its count is finished for nobody."""
-        return await anyio.to_thread.run_sync(
-            self._count, text, vocabulary, limiter=self._one_at_a_time, abandon_on_cancel=True
-        )
 
-    def _count(self, text: str, vocabulary: Vocabulary) -> int:
-        # The limiter lets one thread in at a time, so that no vocabulary is loaded twice.
-        if vocabulary not in self._encodings:
-            self._encodings[vocabulary] = load_encoding(vocabulary)
-        return count_in(self._encodings[vocabulary], text)
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("token counting")
+
+
+def _one_at_a_time() -> anyio.CapacityLimiter:
+    """This event loop's limiter: it also keeps two first counts from loading the same vocabulary."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(1)
+        _limiter.set(limiter)
+        return limiter
+
+
+def _count(text: str, vocabulary: Vocabulary) -> int:
+    return count_in(load_encoding(vocabulary), text)
 
 
 class BytesPerToken:

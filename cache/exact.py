@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from cache.entry import Entry, dump_entry, load_entry
-from policies.shared_state import SharedState, SharedStateError
 from policies.redis_keys import exact_entry_key
+from policies.shared_state import Reply, SharedState, SharedStateError
 from policies.tenant import Tenant
 
 T = TypeVar("T")
@@ -55,44 +55,48 @@ class RedisExactCache:
         self._store_within_s = store_within_s
 
     def lookup(self, tenant: Tenant, key: str, *, within_s: float) -> Awaitable[Lookup]:
-        try:
-            reply = self._redis.send("GET", exact_entry_key(tenant.id, key), within_s=within_s)
-        except SharedStateError:
-            return _Known(Miss(reason="unavailable"))
-        return self._read(reply)
+        return _Pending(self._redis.send("GET", exact_entry_key(tenant.id, key), within_s=within_s), self._read)
 
-    async def _read(self, reply: Awaitable[Any]) -> Lookup:
+    async def _read(self, reply: Awaitable[Reply]) -> Lookup:
         try:
             stored = await reply
         except SharedStateError:
             return Miss(reason="unavailable")
         if stored is None:
             return Miss(reason="absent")
-        entry = load_entry(stored)
+        entry = load_entry(stored) if isinstance(stored, bytes) else None
         if entry is None:
             return Miss(reason="corrupt")
         return Hit(entry=entry, age_s=max(0.0, self._now() - entry.created_at))
 
     def store(self, tenant: Tenant, key: str, entry: Entry, *, ttl_s: float) -> Awaitable[str | None]:
-        ttl_ms = max(1, int(ttl_s * 1000))
-        try:
-            reply = self._redis.send(
-                "SET", exact_entry_key(tenant.id, key), dump_entry(entry), "PX", ttl_ms, within_s=self._store_within_s
-            )
-        except SharedStateError:
-            return _Known("unavailable")
-        return self._kept(reply)
+        command = ("SET", exact_entry_key(tenant.id, key), dump_entry(entry), "PX", max(1, int(ttl_s * 1000)))
+        return _Pending(self._redis.send(*command, within_s=self._store_within_s), _kept)
 
-    async def _kept(self, reply: Awaitable[Any]) -> str | None:
-        try:
-            await reply
-        except SharedStateError:
-            return "unavailable"
-        return None
+
+async def _kept(reply: Awaitable[Reply]) -> str | None:
+    try:
+        await reply
+    except SharedStateError:
+        return "unavailable"
+    return None
+
+
+class _Pending(Generic[T]):
+    """A reply on its way, and how to read it. Unlike a coroutine it may be dropped."""
+
+    __slots__ = ("_read", "_reply")
+
+    def __init__(self, reply: Awaitable[Reply], read: Callable[[Awaitable[Reply]], Coroutine[Any, Any, T]]) -> None:
+        self._reply = reply
+        self._read = read
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._read(self._reply).__await__()
 
 
 class MemoryExactCache:
-    """Entries in this process: for one worker without a Redis, and for tests. Bounded by bytes, oldest use leaves first."""
+    """Entries in this process: for one worker without a Redis, and for tests. Bounded by bytes; the oldest use leaves."""
 
     def __init__(self, *, now: Callable[[], float], max_bytes: int = 64 * 1024 * 1024) -> None:
         self._now = now
@@ -144,5 +148,5 @@ class _Known(Generic[T]):
         self._result = result
 
     def __await__(self) -> Generator[None, None, T]:
+        yield from ()
         return self._result
-        yield

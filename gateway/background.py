@@ -5,66 +5,63 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 OnCrash = Callable[[str, BaseException], None]
 
+END_WITHIN_S = 5.0
+"""How long cancelled tasks may take to clean up when the group is left."""
+
 
 class Background:
-    """Owns tasks. A task that raises is reported to `on_crash` and harms no other.
+    """Owns tasks. One that raises is reported to `on_crash` and harms no other; leaving the group cancels all.
 
-    `drain` waits for the ones that were spawned to finish by themselves; leaving the group cancels what is left.
+    Not an `asyncio.TaskGroup`, which ends every task when one fails: a flight that crashes is one request's trouble.
     """
 
     def __init__(self, on_crash: OnCrash) -> None:
         self._on_crash = on_crash
-        self._group = asyncio.TaskGroup()
         self._spawned: set[asyncio.Task[None]] = set()
         self._loops: set[asyncio.Task[None]] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
-    async def __aenter__(self) -> Background:
-        await self._group.__aenter__()
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in (*self._spawned, *self._loops):
+        tasks = {*self._spawned, *self._loops}
+        for task in tasks:
             task.cancel()
-        await self._group.__aexit__(kind, error, trace)
+        if tasks:
+            await asyncio.wait(tasks, timeout=END_WITHIN_S)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start work that ends by itself, such as a flight."""
-        task = self._group.create_task(self._guard(work, work.__qualname__))
-        self._spawned.add(task)
-        self._idle.clear()
-        task.add_done_callback(self._ended)
-        return task
+        return self._start(work, self._spawned)
 
     def keep(self, loop: Coroutine[Any, Any, None], name: str) -> None:
         """Start a loop that runs until the worker stops, such as a poller."""
-        task = self._group.create_task(self._guard(loop, name), name=name)
-        self._loops.add(task)
-        task.add_done_callback(self._loops.discard)
+        self._start(loop, self._loops).set_name(name)
 
-    async def drain(self, within_s: float) -> int:
-        """Wait for spawned work to end. How many tasks were still running when the time was up."""
-        try:
-            async with asyncio.timeout(within_s):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
-        return len(self._spawned)
+    def cancel_spawned_after(self, delay_s: float) -> None:
+        """Cancel what was spawned and is still running when `delay_s` seconds are over."""
 
-    async def _guard(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001 - one task's crash must not cancel its siblings
-            self._on_crash(name, error)
+        async def cancel() -> None:
+            await asyncio.sleep(delay_s)
+            for task in tuple(self._spawned):
+                task.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._spawned.discard(task)
-        if not self._spawned:
-            self._idle.set()
+        self.keep(cancel(), "end of drain")
+
+    def _start(self, work: Coroutine[Any, Any, None], owned: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        owned.add(task)
+        task.add_done_callback(lambda task: self._ended(task, owned))
+        return task
+
+    def _ended(self, task: asyncio.Task[None], owned: set[asyncio.Task[None]]) -> None:
+        owned.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_crash(task.get_name(), error)

@@ -12,7 +12,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ import anyio
 import msgspec
 
 State = Literal["starting", "ready", "restarting", "failed", "stopping", "stopped"]
-"""`restarting` waits for the next try; `failed` too, after deaths in a row, at the slowest pace."""
+"""`restarting` waits for its next try. `failed` died too often in a row; it is tried still, and is so until ready."""
 
 Probe = Callable[[], Awaitable[bool]]
 """Whether a child can do its work now. Asked again and again while it starts; bounded in time by its caller."""
@@ -29,8 +29,10 @@ Probe = Callable[[], Awaitable[bool]]
 _PROBE_EVERY_S = 0.05
 _PROBE_WITHIN_S = 1.0
 _KILLED_WITHIN_S = 5.0
+_HEARD_WITHIN_S = 1.0
 _LOG_BYTES = 8 << 20
 _LAST_WORDS_BYTES = 2048
+_LINE_BYTES = 1 << 16
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -69,6 +71,7 @@ class ChildStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 EventKind = Literal["starting", "ready", "said", "died", "failed", "killed", "stopped"]
+"""Every death that was not asked for is `died`; `failed` follows the one too many. `said` is a line that it wrote."""
 
 
 class ChildEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +80,7 @@ class ChildEvent(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     kind: EventKind
     pid: int | None
+    """The process it happened to, if it could be started."""
     detail: str = ""
 
     def __str__(self) -> str:
@@ -128,6 +132,7 @@ class Child:
         self._state: State = "starting"
         self._starts = 0
         self._process: asyncio.subprocess.Process | None = None
+        self._last_pid: int | None = None
         self._stop_asked = anyio.Event()
         self._gone = anyio.Event()
 
@@ -184,73 +189,80 @@ class Child:
     async def _after_death(self, how: str, deaths: int) -> None:
         """Say what happened, and return when it is time to try again or to stop."""
         if not self.spec.restart:
-            self._fail(f"{how}; it is not restarted")
+            self._tell("died", f"{how}; it is not restarted")
+            self._fail("it is not restarted")
             await self._stop_asked.wait()
             return
         delay_s = self._backoff.delay_s(deaths, self._random())
+        self._tell("died", f"{how}; next try in {delay_s:.1f} s")
         if deaths < self._backoff.failed_after:
             self._set("restarting")
-            self._tell("died", f"{how}; next try in {delay_s:.1f} s")
         else:
-            self._fail(f"{how}; it died {deaths} times in a row, next try in {delay_s:.1f} s")
+            self._fail(f"it died {deaths} times in a row; tried again every {self._backoff.cap_s:g} s")
         with anyio.move_on_after(delay_s):
             await self._stop_asked.wait()
 
     def _fail(self, detail: str) -> None:
-        self._set("failed")
-        self._tell("failed", detail)
-        self.settled.set()
+        if self._state != "failed":
+            self._set("failed")
+            self._tell("failed", detail)
+            self.settled.set()
 
     async def _run_once(self) -> tuple[bool, str]:
         """Start the process and wait for its end: whether it ever was ready, and how it ended."""
-        self._set("starting")
+        self._last_pid = None
+        # A pipe of our own: asyncio's would keep `wait` waiting for whoever else still holds its other end.
+        reading, writing = os.pipe()
         try:
-            self._process = process = await self._spawn()
-        except OSError as error:
-            return False, f"it could not be started: {error}"
-        self._set("starting")
-        self._tell("starting")
-        try:
+            try:
+                self._process = process = await self._spawn(writing)
+            except OSError as error:
+                return False, f"{self.spec.command[0]} could not be started: {error.strerror}"
+            finally:
+                os.close(writing)
+            self._last_pid = process.pid
+            self._set("failed" if self._state == "failed" else "starting")
+            self._tell("starting")
             if self._stop_asked.is_set():  # asked while it was being started
                 self.signal(signal.SIGTERM)
-            return await self._watch(process)
+            return await self._watch(process, reading)
         finally:
+            os.close(reading)
+            await self._clear_away()
+
+    async def _clear_away(self) -> None:
+        """Leave nothing of the process: not itself, where the caller was cancelled, nor what it had started."""
+        if self._process is not None:
             with anyio.move_on_after(_KILLED_WITHIN_S, shield=True):
-                _kill_group(process.pid)
-                await process.wait()
+                _kill_group(self._process.pid)
+                await self._process.wait()
             self._process = None
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> tuple[bool, str]:
-        ready = anyio.Event()
+    async def _watch(self, process: asyncio.subprocess.Process, output_fd: int) -> tuple[bool, str]:
+        ready, heard_all = anyio.Event(), anyio.Event()
         async with anyio.create_task_group() as watching:
-            watching.start_soon(self._see_ready, process, ready)
+            watching.start_soon(self._see_ready, output_fd, ready, heard_all)
             watching.start_soon(self._kill_if_late, process, ready)
             status = await process.wait()
+            _kill_group(process.pid)
+            with anyio.move_on_after(_HEARD_WITHIN_S):
+                await heard_all.wait()
             watching.cancel_scope.cancel()
         return ready.is_set(), _how_it_ended(status, self.spec.log_path)
 
-    async def _see_ready(self, process: asyncio.subprocess.Process, ready: anyio.Event) -> None:
+    async def _see_ready(self, output_fd: int, ready: anyio.Event, heard_all: anyio.Event) -> None:
         if isinstance(self.spec.ready, str):
-            assert process.stdout is not None  # a pipe, as `_spawn` asked for  # noqa: S101
-            await self._listen(process.stdout, self.spec.ready, ready)
+            # Read for as long as the child lives: nobody writes to a full pipe.
+            async for line in _lines(output_fd):
+                if line == self.spec.ready:
+                    self._now_ready(ready)
+                else:
+                    self._tell("said", line)
+            heard_all.set()
         else:
+            heard_all.set()
             await _until(self.spec.ready)
             self._now_ready(ready)
-
-    async def _listen(self, output: asyncio.StreamReader, ready_line: str, ready: anyio.Event) -> None:
-        """Read what the child says, for as long as it lives: nobody writes to a full pipe."""
-        while True:
-            try:
-                line = await output.readline()
-            except ValueError:  # longer than the reader's buffer, which is empty again now
-                continue
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip()
-            if text == ready_line:
-                self._now_ready(ready)
-            else:
-                self._tell("said", text)
 
     def _now_ready(self, ready: anyio.Event) -> None:
         ready.set()
@@ -266,7 +278,7 @@ class Child:
         self._tell("killed", f"it was not ready within {self.spec.ready_within_s:g} s")
         process.kill()
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, output_fd: int) -> asyncio.subprocess.Process:
         spec = self.spec
         log = _open_log(spec.log_path) if spec.log_path is not None else None
         try:
@@ -274,7 +286,7 @@ class Child:
             return await asyncio.create_subprocess_exec(
                 *spec.command,
                 stdin=self._lifeline_fd,
-                stdout=asyncio.subprocess.PIPE if isinstance(spec.ready, str) else log,
+                stdout=output_fd if isinstance(spec.ready, str) else log,
                 stderr=log,
                 env=spec.env,
                 pass_fds=spec.pass_fds,
@@ -290,7 +302,7 @@ class Child:
         self._on_change()
 
     def _tell(self, kind: EventKind, detail: str = "") -> None:
-        self._on_event(ChildEvent(name=self.spec.name, kind=kind, pid=self.status.pid, detail=detail))
+        self._on_event(ChildEvent(name=self.spec.name, kind=kind, pid=self._last_pid, detail=detail))
 
 
 async def parent_gone() -> None:
@@ -299,6 +311,19 @@ async def parent_gone() -> None:
         await anyio.wait_readable(sys.stdin.fileno())
         if not os.read(sys.stdin.fileno(), 4096):
             return
+
+
+async def _lines(fd: int) -> AsyncIterator[str]:
+    """The lines that come through a pipe; of one without an end, the last piece."""
+    rest = b""
+    while True:
+        await anyio.wait_readable(fd)
+        if not (chunk := os.read(fd, _LINE_BYTES)):
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        rest = rest[-_LINE_BYTES:]
+        for line in lines:
+            yield line.decode(errors="replace").rstrip()
 
 
 async def _until(probe: Probe) -> None:

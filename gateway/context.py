@@ -16,7 +16,7 @@ class RequestContext:
     snapshot: Snapshot
     """The policy this request lives under, from start to end, whatever is reloaded meanwhile."""
     started_at: float
-    """When its head was read; event-loop clock, seconds."""
+    """When its head was read; `time.monotonic`, which is also the event loop's clock, seconds."""
     deadline: float
     """Until when everything must be over; event-loop clock, seconds."""
     cache_control: CacheControl

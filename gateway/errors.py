@@ -71,6 +71,11 @@ class ModelNotAllowed(RequestError):
     code = "model_not_allowed"
 
 
+class AdminForbidden(RequestError):
+    status = 403
+    code = "role_required"
+
+
 class DeadlinePassed(Exception):
     """The request's time was up before its answer began."""
 
@@ -151,9 +156,7 @@ def _backend(status: int, code: str, says: str) -> Callable[[BackendError], Rend
 
     def rule(error: BackendError) -> Rendered:
         where = f" (model '{error.model}')" if error.model else ""
-        return Rendered(
-            status=status, type=_SERVER, code=code, message=says + where, retry_after_s=error.retry_after_s
-        )
+        return Rendered(status=status, type=_SERVER, code=code, message=says + where, retry_after_s=error.retry_after_s)
 
     return rule
 

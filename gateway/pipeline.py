@@ -13,17 +13,16 @@ No ASGI type, no metric name and no SQL appear below. What happened is told to a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import anyio
-import msgspec
 
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt, OpenAnswer
 from backends.chat import ChatRequest, Event, Usage
 from backends.fold import fold
 from backends.slots import Flow
-from backends.tokens import BytesPerToken, count_tokens
+from backends.tokens import BytesPerToken
 from cache.entry import Entry, why_not_stored
 from cache.exact import ExactCache, Hit, Lookup, Miss
 from cache.inflight import Flight, Flights
@@ -74,6 +73,7 @@ class Pipeline:
         ledger: Ledger,
         bytes_per_token: BytesPerToken,
         output_lengths: OutputLengths,
+        count_tokens: Callable[[str], Awaitable[int]],
         recorder: Recorder,
         clock: Callable[[], float],
         now: Callable[[], float],
@@ -87,6 +87,7 @@ class Pipeline:
         self._ledger = ledger
         self._bytes_per_token = bytes_per_token
         self._output_lengths = output_lengths
+        self._count_tokens = count_tokens
         self._recorder = recorder
         self._clock = clock
         self._now = now
@@ -161,7 +162,7 @@ class Pipeline:
         claim = self._claim(context.tenant, request, decision, prompt_tokens)
         reservation = await self._ledger.reserve(context.tenant, context.request_id, claim)
         self._live[context.request_id] = reservation
-        taken = _Taken(prompt_tokens)
+        taken = _Taken(prompt_tokens, self._count_tokens)
         head: Head | None = None
         outcome = "abandoned"
         try:
@@ -248,9 +249,7 @@ class Pipeline:
     def _claim(self, tenant: Tenant, request: ChatRequest, decision: Decision, prompt_tokens: int) -> Amounts:
         """The most that any candidate may take: a fallback must not cost more than was reserved."""
         claims = [
-            estimate(
-                card, request, tenant_id=tenant.id, prompt_tokens=prompt_tokens, lengths=self._output_lengths
-            )
+            estimate(card, request, tenant_id=tenant.id, prompt_tokens=prompt_tokens, lengths=self._output_lengths)
             for card in decision.candidates
         ]
         return Amounts(
@@ -287,7 +286,7 @@ class Pipeline:
         claim: Amounts,
         outcome: str,
     ) -> Usage:
-        """End the reservation, whatever happened to the call: with what it took, or with nothing where nothing began."""
+        """End the reservation, whatever happened to the call: with what it took, or with nothing if nothing began."""
         usage = Usage()
         cost_nano_usd = 0
         settled = False
@@ -359,7 +358,8 @@ class Pipeline:
 class _Taken:
     """What came out of an engine so far: events, and the usage they told or imply."""
 
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, count_tokens: Callable[[str], Awaitable[int]]) -> None:
+        self._count_tokens = count_tokens
         self._prompt_tokens = prompt_tokens
         self._told: Usage | None = None
         self._frames: list[bytes] = []
@@ -390,10 +390,8 @@ class _Taken:
             return self._told
         prompt = min(self._prompt_tokens, at_most_tokens)
         # Cut off, the best guess is the number of frames with text: engines send about a token in each.
-        completion = await count_tokens("".join(self._text)) if complete else self._contentful
-        return Usage(
-            prompt_tokens=prompt, completion_tokens=min(completion, at_most_tokens - prompt), estimated=True
-        )
+        completion = await self._count_tokens("".join(self._text)) if complete else self._contentful
+        return Usage(prompt_tokens=prompt, completion_tokens=min(completion, at_most_tokens - prompt), estimated=True)
 
     def completion(self, request: ChatRequest) -> bytes:
         """The whole answer as one completion."""

@@ -162,7 +162,7 @@ def read_status(runtime_directory: Path) -> tuple[ChildStatus, ...]:
         return ()
 
 
-def bind_listener(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The one listening socket that every worker inherits. Raises `CannotListen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -68,7 +68,7 @@ def compile_snapshot(
 ) -> Snapshot:
     """Compile a checked policy. What `build_backend` raises refuses the policy as a whole."""
     file = policy.file
-    models = {name: _card(name, spec) for name, spec in file.models.items()}
+    models = cards(file)
     return Snapshot(
         policy=policy,
         models=models,
@@ -78,6 +78,11 @@ def compile_snapshot(
         router=Router(models, file.routes, scorer),
         attempts=build_attempts(file),
     )
+
+
+def cards(file: PolicyFile) -> dict[str, ModelCard]:
+    """The model cards of a policy, by name."""
+    return {name: _card(name, spec) for name, spec in file.models.items()}
 
 
 def _card(name: str, spec: ModelSpec) -> ModelCard:
@@ -103,7 +108,9 @@ def _timeouts(spec: TimeoutsSpec) -> Timeouts:
 
 def _scopes(file: PolicyFile) -> dict[str, AnswerScope]:
     """What can change an answer under each name: the engines behind a model; the rule and the models of a route."""
-    models = {name: _digest([_answering(file.backends[backend]) for backend in m.backends]) for name, m in file.models.items()}
+    models = {
+        name: _digest([_answering(file.backends[backend]) for backend in m.backends]) for name, m in file.models.items()
+    }
     scopes = {name: AnswerScope(name=name, settings_digest=d, epoch=file.cache.epoch) for name, d in models.items()}
     for name, route in file.routes.items():
         used = (

@@ -38,8 +38,8 @@ class _AtOnce:
     """An awaitable that is done already."""
 
     def __await__(self) -> Generator[None, None, Admitted]:
+        yield from ()
         return Admitted()
-        yield
 
 
 _ADMITTED = _AtOnce()

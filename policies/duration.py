@@ -6,7 +6,7 @@ import math
 import re
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
-PATTERN = r"([0-9]+\.?[0-9]*|\.[0-9]+)(ms|s|m|h|d)?"
+PATTERN = r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?)(ms|s|m|h|d)?"
 """What a duration looks like as text, a number of seconds included."""
 
 _TEXT = re.compile(PATTERN)

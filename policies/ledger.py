@@ -80,7 +80,7 @@ class Ledger(Protocol):
 
 
 class MemoryLedger:
-    """Counters of one process, lost with it. For a laptop without limits, and as the model the laws are tested against."""
+    """Counters of one process, lost with it: for a laptop without limits, and as the model that laws are tested on."""
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ class _Check:
             seconds = float(getattr(timeouts, phase))
             if seconds == 0:
                 self._mistake(here, "is zero: every call would fail")
-            elif seconds > timeouts.total:
+            elif seconds > timeouts.total > 0:
                 self._mistake(here, f"is longer than total ({timeouts.total:g}s)", "raise total or lower it")
 
     def _unused_backends(self) -> None:

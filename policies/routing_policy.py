@@ -68,7 +68,7 @@ class LlamaCppBackendSpec(_Spec, frozen=True, tag_field="kind", tag="llamacpp"):
     """Path of a GGUF file, relative to the policy file (`load` makes it absolute). Exactly one of `url`, `weights`."""
     threads: Count = 1
     slots: Count = 2
-    """Requests answered at once; also the largest `n` it takes in one call."""
+    """Requests answered at once."""
     context_tokens: Count = 2048
     """Context window per slot."""
     chat_template: str | None = None

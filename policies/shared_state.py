@@ -130,7 +130,8 @@ class SharedState:
         """Send `command` with this turn of the loop, and return its reply to come, within `within_s` seconds.
 
         Does not wait: send several, then await each, and they share one round trip. Every failure comes out of the
-        future as SharedStateUnavailable or SharedStateRefused; a future may also be dropped.
+        future as SharedStateUnavailable or SharedStateRefused; a future may also be dropped. Since everybody shares the
+        connection, commands that block it (BLPOP, XREAD BLOCK) or change it (SELECT, SUBSCRIBE) are not for this.
         """
         if self._connection is None:
             return failed_future(f"{self.name}: {self.reason}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -29,17 +29,13 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from policies.secrets import KEY_PREFIX_CHARS, RootSecret, base62, new_key
+from policies.sqlite_connection import BUSY_TIMEOUT_S, SQLiteConnection, connect
 from policies.tenant import AdminRole, KeyRecord, KeyRole, NewKey, Organisation, TenantRecord
-
-BUSY_TIMEOUT_S = 5.0
-"""How long a statement waits for another process's lock, or for a free connection, before the store is unreachable."""
 
 DEMO_ORGANISATION_ID = "org_demo"
 DEMO_TENANT_ID = "ten_demo"
@@ -156,13 +152,12 @@ class Store:
         self._url = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
         self._engine = create_async_engine(
             self._url,
+            async_creator=_sqlite_connector(self._url) if self._is_sqlite else None,
             hide_parameters=True,  # an error's text reaches logs
             pool_size=_CONNECTIONS,
             max_overflow=0,
             pool_timeout=BUSY_TIMEOUT_S,
         )
-        if self._is_sqlite:
-            sa.event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
 
     @property
     def _is_sqlite(self) -> bool:
@@ -407,12 +402,9 @@ def _store_failures() -> Generator[None]:
         raise StoreUnreachable(f"the store does not answer: {error}") from error
 
 
-def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers never wait for a writer
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
+def _sqlite_connector(url: sa.URL) -> Callable[[], Awaitable[SQLiteConnection]]:
+    arguments, options = url.get_dialect()().create_connect_args(url)
+    return lambda: connect(*arguments, **options)
 
 
 def _upgrade(connection: sa.Connection) -> None:

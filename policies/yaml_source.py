@@ -248,4 +248,6 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, findings: Findings) ->
     message = f"not YAML: {error.problem or 'syntax error'}"
     if error.context and error.context_mark is not None:
         message += f" ({error.context} from line {error.context_mark.line + 1})"
-    return findings.fatal(place, (), in_print(message, 200))
+    # The one surprise of variables in YAML: a brace ends a mapping that is written in braces.
+    remedy = "inside { } and [ ] a ${NAME} needs quotes" if "${" in lines[place.line - 1] else ""
+    return findings.fatal(place, (), in_print(message, 200), remedy)

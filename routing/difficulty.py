@@ -31,7 +31,7 @@ _WEIGHTS = {
     "turns": 0.10,
     "tools": 0.15,
 }
-"""How much each feature, in [0, 1], adds at most. Set by hand; they sum to more than 1 and the score is capped there."""
+"""How much each feature, in [0, 1], adds at most. Set by hand; they sum to more than 1, where the score is capped."""
 
 _CODE = re.compile(r"```|\b(?:def|class|return|import|function|SELECT|async|struct|impl|#include)\b|[{};]\s*\n")
 _MATH = re.compile(r"[=^∑∫√≤≥±]|\\(?:frac|sum|int|sqrt)\b|\d\s*[-+*/]\s*\d")

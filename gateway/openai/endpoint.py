@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Mapping
 
 from litestar.types import HTTPScope, Receive, Send
@@ -60,7 +61,7 @@ class InferenceEndpoint:
         self._fresh_request_id = fresh_request_id
 
     async def __call__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        clock = asyncio.get_running_loop().time
+        clock = time.monotonic
         headers = dict(scope["headers"])
         exchange = Exchange(request_id=self._fresh_request_id(), path=scope["path"], started_at=clock())
         common = _common_headers(exchange.request_id, headers)

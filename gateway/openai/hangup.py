@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from litestar.types import Receive
 
@@ -27,7 +27,7 @@ class HangUp:
         self._armed = True
         self._gone = False
 
-    async def __aenter__(self) -> HangUp:
+    async def __aenter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - an ASGI application always runs in one
         self._task = task

@@ -1,1 +1,1 @@
-"""What operators see: `metrics` names every metric once, `record` turns what happened into them, `logs` writes lines."""
+"""What operators see: `metrics` names every metric, `record` turns what happened into them, `logs` writes lines."""

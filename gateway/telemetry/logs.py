@@ -1,4 +1,4 @@
-"""Structured logs: one line per event, for people or as JSON. Prompts, answers and secrets are never among the fields."""
+"""Structured logs: one line per event, for people or as JSON. No field ever holds a prompt, an answer or a secret."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def open_log(log_format: str, **bound: object) -> Log:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
         structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(serializer=_json) if as_json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        structlog.processors.JSONRenderer(serializer=_json)
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
     ]
-    return structlog.wrap_logger(
+    log: Log = structlog.wrap_logger(
         structlog.PrintLogger(sys.stderr),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     ).bind(**bound)
+    return log
 
 
 def _json(event: object, **_: object) -> str:

@@ -99,7 +99,11 @@ class Metrics:
             registry=registry,
         )
         self.build_info = Gauge(
-            "forebay_build_info", "Workers of this version.", ["version"], multiprocess_mode="livesum", registry=registry
+            "forebay_build_info",
+            "Workers of this version.",
+            ["version"],
+            multiprocess_mode="livesum",
+            registry=registry,
         )
 
     def exposition(self) -> bytes:
@@ -107,10 +111,10 @@ class Metrics:
         if not self._shared_dir:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry, path=self._shared_dir)
+        multiprocess.MultiProcessCollector(registry, path=self._shared_dir)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
 
 def forget_worker(shared_dir: Path, pid: int) -> None:
     """Take a dead worker's gauges out of the sum; its counters stay."""
-    multiprocess.mark_process_dead(pid, path=str(shared_dir))
+    multiprocess.mark_process_dead(pid, path=str(shared_dir))  # type: ignore[no-untyped-call]

@@ -115,10 +115,17 @@ class Record:
         self._metrics.policy_ok.set(1)
         self._log.info("policy in force", policy=f"{name}@{version}")
 
+    def policy_unchanged(self) -> None:
+        """The file says again what is in force, maybe after it did not."""
+        self._metrics.policy_ok.set(1)
+
     def policy_refused(self, message: str) -> None:
         self._metrics.policy_reloads.labels("refused").inc()
         self._metrics.policy_ok.set(0)
         self._log.error("policy refused, the last good one stays in force", cause=message)
+
+    def unexpected(self, request_id: str, error: BaseException) -> None:
+        self._log.error("unexpected error", request_id=request_id, exc_info=error)
 
     def task_crashed(self, name: str, error: BaseException) -> None:
         self._log.error("background task crashed", task=name, exc_info=error)
@@ -134,4 +141,4 @@ class Record:
                 cause=f"{type(cause).__name__}: {cause}",
             )
         elif exchange.status == 500:
-            self._log.error("unexpected error", request_id=exchange.request_id, exc_info=error)
+            self.unexpected(exchange.request_id, error)

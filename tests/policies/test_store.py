@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 import stat
@@ -388,9 +389,10 @@ async def test_a_change_that_is_cancelled_is_not_made_and_blocks_nobody(store: S
     assert len(await store.list_keys()) == 2
 
 
-async def test_a_change_that_is_cancelled_while_it_waits_for_a_lock_is_not_made_later(
+async def test_a_change_that_is_cancelled_while_it_waits_for_a_lock_is_not_made_later_and_leaves_no_task(
     store: Store, database: Path
 ) -> None:
+    tasks_before = asyncio.all_tasks()
     with closing(sqlite3.connect(database, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         with anyio.move_on_after(0.05) as scope:
@@ -398,6 +400,8 @@ async def test_a_change_that_is_cancelled_while_it_waits_for_a_lock_is_not_made_
         writer.execute("ROLLBACK")
 
     assert scope.cancelled_caught
+    _, unfinished = await asyncio.wait(asyncio.all_tasks() - tasks_before, timeout=5)
+    assert not unfinished
     await store.create_organisation("other")
     assert [organisation.name for organisation in await store.list_organisations()] == ["other"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from gateway.children import Backoff, ChildEvent, ChildSpec, EventKind, State
 from gateway.processes import Supervisor, read_status
@@ -93,17 +93,15 @@ async def supervised(
 def runs(pid: int) -> bool:
     """Whether a process with this id runs; one that is dead and not collected yet does not."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-async def eventually(holds: Callable[[], bool] | Callable[[], Awaitable[bool]], within_s: float = 10.0) -> bool:
-    """Whether `holds` comes true in time; for what other processes do, which tell us nothing."""
-    with anyio.move_on_after(within_s):
-        while True:
-            answer = holds()
-            if answer if isinstance(answer, bool) else await answer:
-                return True
+async def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether `holds` comes true within 10 s; for what other processes do, which tell us nothing."""
+    with anyio.move_on_after(10):
+        while not holds():
             await anyio.sleep(0.01)
+        return True
     return False

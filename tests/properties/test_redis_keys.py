@@ -1,4 +1,4 @@
-"""Laws of the key grammar: whatever an id holds, one tenant's key is never another's, and a ledger stays in its slot."""
+"""Laws of the key grammar: whatever an id holds, no two keys collide, and a ledger stays in its slot."""
 
 from __future__ import annotations
 

@@ -1,0 +1,308 @@
+"""The composition root: builds every object of a worker by hand, in the open, and owns how they start and stop.
+
+`open_gateway` is the whole of it: what it yields serves requests, and when it is left everything that was started is
+ended, in the opposite order. The command line, the tests and the benchmarks all start here.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+from aiohttp import ClientSession
+from litestar import Litestar
+
+from backends.attempts import Attempts
+from backends.backend import Backend
+from backends.fan_out import FanOut
+from backends.health import Ejections, RetryBudget
+from backends.llamacpp import LlamaCppBackend
+from backends.openai_http import OpenAIBackend, new_session
+from backends.scripted import Script, ScriptedBackend, tokens_of
+from backends.slots import ImmediateSlots
+from backends.templates import ChatTemplate
+from backends.tokens import BytesPerToken, count_tokens
+from cache.exact import ExactCache, MemoryExactCache, RedisExactCache
+from cache.inflight import Flights
+from cache.semantic import NoSemanticTier
+from gateway.answer import Head
+from gateway.auth import KeyRing
+from gateway.background import Background
+from gateway.faces import build_app
+from gateway.health import Health
+from gateway.pipeline import Pipeline
+from gateway.settings import Settings
+from gateway.snapshot import Snapshot, compile_snapshot
+from gateway.telemetry.logs import Log
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.record import Record
+from policies.admission import Unlimited
+from policies.ledger import MemoryLedger
+from policies.routing_policy import (
+    BackendSpec,
+    LlamaCppBackendSpec,
+    OpenAIBackendSpec,
+    Policy,
+    PolicyFile,
+    ScriptedBackendSpec,
+)
+from policies.secrets import RootSecret, root_secret_file
+from policies.shared_state import SharedState
+from policies.store import Store
+from policies.watch import PolicyWatch, Reload
+from routing.cost import FixedOutputLength
+from routing.difficulty import HeuristicScorer
+
+REDIS_UP_WITHIN_S = 1.0
+"""How long a starting worker waits for a Redis before it serves without."""
+
+
+class EngineNotRunning(Exception):
+    """A policy names a local engine that this process tree did not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A worker at work: its ASGI application and the parts that others ask about."""
+
+    app: Litestar
+    watch: PolicyWatch[Snapshot]
+    keys: KeyRing
+    store: Store
+    health: Health
+    pipeline: Pipeline
+    background: Background
+    ledger: MemoryLedger
+
+    async def reload(self) -> None:
+        await self.watch.reload()
+
+    def begin_drain(self, within_s: float) -> None:
+        """Stop being ready now; let answers in flight finish for `within_s` seconds, then end them with an error."""
+        self.health.draining = True
+        self.background.cancel_spawned_after(within_s)
+
+
+def load_root_secret(settings: Settings) -> RootSecret:
+    """The root secret from the settings, else from its file in the data directory, made there once. Blocks on disk."""
+    if settings.root_secret:
+        return RootSecret.parse(settings.root_secret.encode())
+    settings.data_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return root_secret_file(settings.data_path / "root-secret")
+
+
+@asynccontextmanager
+async def open_store(settings: Settings, root: RootSecret) -> AsyncGenerator[Store, None]:
+    """The migrated store."""
+    settings.data_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = Store(settings.resolved_store_url, root)
+    try:
+        await store.migrate()
+        yield store
+    finally:
+        with anyio.move_on_after(2.0, shield=True):
+            await store.aclose()
+
+
+@asynccontextmanager
+async def open_gateway(
+    settings: Settings,
+    *,
+    environment: Mapping[str, str],
+    log: Log,
+    backends: Mapping[str, Backend] | None = None,
+    exact: ExactCache | None = None,
+) -> AsyncGenerator[Gateway, None]:
+    """Build a worker and run what it runs in the background.
+
+    `backends` (by name) and `exact` replace what the policy and the settings would have built: the seams that tests
+    and benchmarks use. Raises `PolicyError`, `RootSecretTooShort`, `StoreUnreachable` and ValueError for bad URLs.
+    """
+    clock = time.monotonic  # the event loop's clock, but for uvloop's rounding of it to whole milliseconds
+    metrics = Metrics(settings.metrics_dir)
+    record = Record(metrics, log)
+    root = await anyio.to_thread.run_sync(load_root_secret, settings)
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_store(settings, root))
+        session = new_session()
+        stack.push_async_callback(session.close)
+        background = await stack.enter_async_context(Background(record.task_crashed))
+
+        redis = {
+            name: SharedState(
+                name,
+                url,
+                on_transition=lambda name, state, reason: record.redis_changed(name, state == "closed", reason),
+                jitter=random.random,
+            )
+            for name, url in (("state", settings.state_url), ("cache", settings.cache_url))
+            if url
+        }
+        for shared in redis.values():
+            background.keep(shared.run(), f"redis {shared.name}")
+            stack.push_async_callback(shared.aclose)
+        for shared in redis.values():
+            await shared.available(within_s=REDIS_UP_WITHIN_S)
+
+        build = _Builder(settings, session, backends or {}, clock)
+        watch = _watch_policy(settings, environment, build, record)
+        background.keep(watch.run(), "policy watch")
+
+        keys = KeyRing(store, root)
+        await keys.poll_once()
+        background.keep(keys.run(), "key ring")
+
+        ledger = MemoryLedger(now=clock)
+        pipeline = Pipeline(
+            admission=Unlimited(),
+            exact=exact or _exact_cache(redis),
+            flights=Flights[Head](background.spawn),
+            semantic=NoSemanticTier(),
+            ledger=ledger,
+            bytes_per_token=BytesPerToken(),
+            output_lengths=FixedOutputLength(),
+            count_tokens=count_tokens,
+            recorder=record,
+            clock=clock,
+            now=time.time,
+            jitter=random.random,
+            fresh_id=lambda: f"chatcmpl-{secrets.token_hex(12)}",
+        )
+        background.keep(pipeline.renew_leases(), "lease renewal")
+
+        health = Health(watch=watch, keys=keys, redis=redis, runtime_dir=settings.runtime_dir)
+        metrics.build_info.labels(version("forebay")).set(1)
+        app = build_app(
+            settings=settings,
+            keys=keys,
+            current=lambda: watch.current.compiled,
+            pipeline=pipeline,
+            background=background,
+            record=record,
+            metrics=metrics,
+            health=health,
+            watch=watch,
+            store=store,
+        )
+        yield Gateway(
+            app=app,
+            watch=watch,
+            keys=keys,
+            store=store,
+            health=health,
+            pipeline=pipeline,
+            background=background,
+            ledger=ledger,
+        )
+
+
+def _watch_policy(
+    settings: Settings, environment: Mapping[str, str], build: _Builder, record: Record
+) -> PolicyWatch[Snapshot]:
+    in_force: tuple[str, str] | None = None
+
+    def compile_policy(policy: Policy) -> Snapshot:
+        nonlocal in_force
+        snapshot = compile_snapshot(
+            policy, build_backend=build.backend, build_attempts=build.attempts, scorer=HeuristicScorer()
+        )
+        record.policy_loaded(policy.file.name, policy.version, in_force)
+        in_force = (policy.file.name, policy.version)
+        return snapshot
+
+    def reloaded(reload: Reload) -> None:
+        if not reload.ok:
+            record.policy_refused(reload.message)
+        elif reload.result == "unchanged":
+            record.policy_unchanged()
+
+    return PolicyWatch(Path(settings.policy), environment, compile_policy, now=time.time, on_reload=reloaded)
+
+
+def _exact_cache(redis: Mapping[str, SharedState]) -> ExactCache:
+    shared = redis.get("cache")
+    return MemoryExactCache(now=time.time) if shared is None else RedisExactCache(shared, now=time.time)
+
+
+class _Builder:
+    """Makes backends and attempts of a policy's specs. What a reload did not change is kept, health and all."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        session: ClientSession,
+        given: Mapping[str, Backend],
+        clock: Callable[[], float],
+    ) -> None:
+        self._session = session
+        self._given = given
+        self._engines = msgspec.json.decode(settings.engines, type=dict[str, str])
+        self._built: dict[str, tuple[BackendSpec, Backend]] = {}
+        self._ejections = Ejections(now=clock)
+
+    def backend(self, name: str, spec: BackendSpec) -> Backend:
+        if name in self._given:
+            return self._given[name]
+        built = self._built.get(name)
+        if built is None or built[0] != spec:
+            built = self._built[name] = (spec, self._new(name, spec))
+        return built[1]
+
+    def attempts(self, file: PolicyFile) -> Attempts:
+        limits = {name: spec.max_concurrent for name, spec in file.backends.items() if spec.max_concurrent}
+        return Attempts(
+            ejections=self._ejections,
+            budget=RetryBudget(ratio=file.retries.budget),
+            slots=ImmediateSlots(limits),
+            max_attempts=file.retries.max_attempts,
+            jitter=random.random,
+        )
+
+    def _new(self, name: str, spec: BackendSpec) -> Backend:
+        if isinstance(spec, ScriptedBackendSpec):
+            return ScriptedBackend(name, _script(spec))
+        if isinstance(spec, OpenAIBackendSpec):
+            backend = OpenAIBackend(
+                name,
+                spec.url,
+                session=self._session,
+                upstream_model=spec.model,
+                api_key=spec.api_key,
+                headers=spec.headers,
+            )
+            return backend if spec.max_n is None else FanOut(backend, spec.max_n)
+        # llama.cpp takes an n up to its slots, but reports the usage of one choice for all of them.
+        return FanOut(self._llamacpp(name, spec), 1)
+
+    def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
+        url = spec.url or self._engines.get(name)
+        if url is None:
+            raise EngineNotRunning(
+                f"backend '{name}' has `weights`, and local engines are started with the gateway: restart it"
+            )
+        template = None if spec.chat_template is None else ChatTemplate(spec.chat_template, now=_utc_now)
+        return LlamaCppBackend(name, url, session=self._session, chat_template=template, stop=spec.stop)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _script(spec: ScriptedBackendSpec) -> Script:
+    return Script(
+        tokens=tokens_of(spec.answer),
+        first_token_delay_s=spec.first_token_delay,
+        token_delay_s=spec.token_delay,
+        fault=spec.fault,
+        fault_after_tokens=spec.fault_after_tokens,
+    )

@@ -1,0 +1,136 @@
+"""The outside: every route, which handler stands behind it, and how an error looks on it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from litestar import Litestar, MediaType, Request, Response, asgi, get
+from litestar.exceptions import HTTPException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
+from litestar.types import Receive, Scope, Send
+
+from backends.chat import ChatRequest
+from gateway.admin.routes import AdminDependencies, admin_router
+from gateway.auth import AuthError, KeyRing
+from gateway.background import Background
+from gateway.errors import MethodNotAllowed, RequestError, RouteNotFound, render
+from gateway.health import Health
+from gateway.openai.endpoint import InferenceEndpoint
+from gateway.openai.models import ModelsEndpoint
+from gateway.openai.schema import add_hot_routes
+from gateway.openai.translate import read_chat, read_completion
+from gateway.pipeline import Pipeline
+from gateway.settings import Settings
+from gateway.snapshot import Snapshot
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.record import Record
+from policies.store import Store
+from policies.watch import PolicyWatch
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def build_app(
+    *,
+    settings: Settings,
+    keys: KeyRing,
+    current: Callable[[], Snapshot],
+    pipeline: Pipeline,
+    background: Background,
+    record: Record,
+    metrics: Metrics,
+    health: Health,
+    watch: PolicyWatch[Snapshot],
+    store: Store,
+) -> Litestar:
+    """The ASGI application of one worker."""
+
+    def inference(path: str, read: Callable[[bytes], ChatRequest]) -> Any:
+        endpoint = InferenceEndpoint(
+            read=read,
+            keys=keys,
+            current=current,
+            pipeline=pipeline,
+            background=background,
+            record=record,
+            settings=settings,
+            fresh_request_id=fresh_request_id,
+        )
+
+        @asgi(path, copy_scope=False)
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            await endpoint(scope, receive, send)  # type: ignore[arg-type]
+
+        return answer
+
+    models = ModelsEndpoint(keys, current)
+
+    @get("/healthz", media_type=MediaType.TEXT, sync_to_thread=False, summary="Alive")
+    def healthz() -> str:
+        return "ok\n"
+
+    @get("/readyz", summary="Ready to serve, and what is wrong where not")
+    async def readyz() -> Response[Any]:
+        report = await health.report()
+        return Response(report, status_code=200 if report.ready else 503, media_type=MediaType.JSON)
+
+    @get("/metrics", sync_to_thread=True, summary="Prometheus metrics of all workers")
+    def prometheus() -> Response[bytes]:
+        return Response(metrics.exposition(), media_type=PROMETHEUS_TEXT)
+
+    def on_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        request_id = fresh_request_id()
+        rendered = render(_domain_error(request, error))
+        if rendered.status == 500:
+            record.unexpected(request_id, error)
+        headers = {name.decode(): value.decode() for name, value in rendered.headers()}
+        return Response(
+            rendered.body(),
+            status_code=rendered.status,
+            media_type=MediaType.JSON,
+            headers={"x-request-id": request_id, **headers},
+        )
+
+    app = Litestar(
+        [
+            inference("/v1/chat/completions", read_chat),
+            inference("/v1/completions", read_completion),
+            *models.handlers(),
+            healthz,
+            readyz,
+            prometheus,
+            admin_router(AdminDependencies(keys=keys, watch=watch, store=store)),
+        ],
+        exception_handlers={Exception: on_error},
+        openapi_config=OpenAPIConfig(
+            title="Forebay",
+            version="1",
+            description="An LLM gateway: OpenAI-compatible inference and its administration.",
+            path="/openapi",
+            render_plugins=[JsonRenderPlugin(), SwaggerRenderPlugin()],
+        ),
+        logging_config=None,
+    )
+    add_hot_routes(app.openapi_schema)
+    return app
+
+
+def fresh_request_id() -> str:
+    """Ours alone: money is settled by it, so a client never picks it."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+def _domain_error(request: Request[Any, Any, Any], error: Exception) -> Exception:
+    """The framework's errors in our own words."""
+    if not isinstance(error, HTTPException) or isinstance(error, AuthError):
+        return error
+    if error.status_code == 404:
+        return RouteNotFound(f"there is nothing at {request.url.path}; see /openapi for what there is")
+    if error.status_code == 405:
+        return MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}")
+    if error.status_code < 500:
+        return RequestError(error.detail)
+    return error

@@ -1,0 +1,188 @@
+"""`forebay serve`: the process tree of one host, under one supervisor.
+
+supervisor ─┬─ valkey state, valkey cache     (embedded, where no URL was given)
+            ├─ one llama.cpp engine per local backend of the policy
+            └─ N workers on one listening socket
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import msgspec
+
+from gateway.app import load_root_secret, open_store
+from gateway.child_specs import (
+    SocketPathTooLong,
+    free_loopback_port,
+    llamacpp_child,
+    valkey_child,
+    worker_child,
+)
+from gateway.children import ChildEvent, ChildSpec
+from gateway.processes import Supervisor, listen
+from gateway.settings import ENVIRONMENT_PREFIX, Settings
+from gateway.telemetry.metrics import forget_worker
+from policies.load import load_policy
+from policies.routing_policy import LlamaCppBackendSpec, Policy
+from policies.store import Store
+from policies.tenant import NewKey
+
+STATE_MAX_MEMORY_BYTES = 256 * 1024 * 1024
+STOP_GRACE_BEYOND_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What a process tree says about itself once it serves."""
+
+    url: str
+    policy: Policy
+    owner_key: NewKey | None
+    """The first owner's key, where this start made one. It is shown now or never."""
+
+
+async def serve(
+    settings: Settings,
+    environment: Mapping[str, str],
+    *,
+    on_event: Callable[[ChildEvent], None],
+    on_serving: Callable[[Announcement], None],
+    prepare: Callable[[Store], Awaitable[None]] | None = None,
+) -> int:
+    """Run until told to stop; the exit status. `on_serving` is called once, when the first worker accepts requests.
+
+    Raises what keeps it from starting: `PolicyError`, `CannotListen`, `AlreadyRunning`, store and secret errors.
+    """
+    policy = await anyio.to_thread.run_sync(load_policy, Path(settings.policy), environment)
+    root = await anyio.to_thread.run_sync(load_root_secret, settings)
+    async with open_store(settings, root) as store:
+        owner_key = await store.first_owner_key()
+        if prepare is not None:
+            await prepare(store)
+    listener = listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    tree = _Tree(settings, environment, policy)
+    announced = False
+
+    def event(child: ChildEvent) -> None:
+        nonlocal announced
+        if child.kind == "died" and child.name.startswith("worker") and child.pid is not None:
+            forget_worker(tree.metrics_dir, child.pid)
+        on_event(child)
+        if child.kind == "ready" and child.name.startswith("worker") and not announced:
+            announced = True
+            shown = f"[{host}]" if ":" in host else host
+            on_serving(Announcement(url=f"http://{shown}:{port}", policy=policy, owner_key=owner_key))
+
+    try:
+        stages = [tree.valkeys(), [*tree.engines(), *tree.workers(listener)]]
+        return await Supervisor(stages, runtime_directory=tree.runtime_dir, on_event=event).run()
+    finally:
+        listener.close()
+        tree.remove_sockets()
+
+
+class _Tree:
+    """The children of one host and the folders they share."""
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str], policy: Policy) -> None:
+        data = settings.data_path.absolute()
+        self._settings = settings
+        self._environment = environment
+        self._policy = policy
+        self.runtime_dir = data / "run"
+        self.metrics_dir = self.runtime_dir / "metrics"
+        self._logs = data / "logs"
+        self._sockets = self.runtime_dir
+        self._temporary: Path | None = None
+        self._urls = {"state": settings.state_url, "cache": settings.cache_url}
+        self._engines: dict[str, str] = {}
+        self._logs.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.metrics_dir, ignore_errors=True)  # the numbers of an earlier run are not this run's
+        self.metrics_dir.mkdir(parents=True)
+
+    def valkeys(self) -> list[ChildSpec]:
+        return [self._valkey(name) for name, url in list(self._urls.items()) if not url]
+
+    def _valkey(self, name: str) -> ChildSpec:
+        state = name == "state"
+        cache_bytes = self._settings.cache_max_memory_mb * 1024 * 1024
+
+        def child(sockets: Path) -> ChildSpec:
+            path = sockets / f"{name}.sock"
+            spec = valkey_child(
+                f"valkey-{name}",
+                directory=self._settings.data_path.absolute() / f"valkey-{name}",
+                socket_path=path,
+                maxmemory_bytes=STATE_MAX_MEMORY_BYTES if state else cache_bytes,
+                policy="noeviction" if state else "allkeys-lru",
+                persistent=state,
+                log_path=self._logs / f"valkey-{name}.log",
+            )
+            self._urls[name] = f"unix://{path}"
+            return spec
+
+        try:
+            return child(self._sockets)
+        except SocketPathTooLong:
+            self._temporary = self._sockets = Path(tempfile.mkdtemp(prefix="forebay-"))
+            return child(self._sockets)
+
+    def engines(self) -> list[ChildSpec]:
+        specs = []
+        for name, backend in self._policy.file.backends.items():
+            if isinstance(backend, LlamaCppBackendSpec) and backend.weights is not None:
+                port = free_loopback_port()
+                self._engines[name] = f"http://127.0.0.1:{port}/v1"
+                specs.append(
+                    llamacpp_child(
+                        f"engine-{name}",
+                        weights=Path(backend.weights),
+                        port=port,
+                        threads=backend.threads,
+                        slots=backend.slots,
+                        context_tokens=backend.context_tokens,
+                        log_path=self._logs / f"engine-{name}.log",
+                    )
+                )
+        return specs
+
+    def workers(self, listener: socket.socket) -> list[ChildSpec]:
+        settings = self._settings
+        return [
+            worker_child(
+                index,
+                command=(sys.executable, "-m", "gateway", "worker", "--fd", str(listener.fileno())),
+                listener=listener,
+                stop_grace_s=settings.drain_s + STOP_GRACE_BEYOND_DRAIN_S,
+                env=self._worker_environment(),
+            )
+            for index in range(settings.workers)
+        ]
+
+    def _worker_environment(self) -> dict[str, str]:
+        """Everything a worker is told: our environment, with every setting as this process resolved it."""
+        told = msgspec.structs.replace(
+            self._settings,
+            state_url=self._urls["state"],
+            cache_url=self._urls["cache"],
+            engines=msgspec.json.encode(self._engines).decode(),
+            metrics_dir=str(self.metrics_dir),
+            runtime_dir=str(self.runtime_dir),
+        )
+        resolved = {
+            f"{ENVIRONMENT_PREFIX}{name.upper()}": str(value) for name, value in msgspec.structs.asdict(told).items()
+        }
+        return {**self._environment, **resolved, "PROMETHEUS_MULTIPROC_DIR": str(self.metrics_dir)}
+
+    def remove_sockets(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""One worker process: uvicorn around a gateway, on a listening socket that it inherited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Generator, Mapping
+
+import uvicorn
+import uvloop
+
+from gateway.app import Gateway, open_gateway
+from gateway.child_specs import WORKER_READY_LINE
+from gateway.children import parent_gone
+from gateway.settings import Settings
+from gateway.telemetry.logs import open_log
+
+CLOSE_AFTER_DRAIN_S = 2
+"""Time for the error events of answers that the drain cut off to reach their clients."""
+
+KEEP_ALIVE_S = 75
+"""Longer than the idle time of the usual load balancers, so that they hang up first and never race with us."""
+
+
+def run_worker(settings: Settings, listener_fd: int, environment: Mapping[str, str]) -> None:
+    """Serve on the inherited socket until SIGTERM, SIGINT or the end of the supervisor, then drain."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, socket.socket(fileno=listener_fd), environment))
+
+
+async def _serve(settings: Settings, listener: socket.socket, environment: Mapping[str, str]) -> None:
+    log = open_log(settings.log_format)
+    async with open_gateway(settings, environment=environment, log=log) as gateway:
+        server = serve_app(gateway, settings, on_started=lambda: print(WORKER_READY_LINE, flush=True))  # noqa: T201
+
+        def drain() -> None:
+            gateway.begin_drain(settings.drain_s)
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, drain)
+        loop.add_signal_handler(signal.SIGINT, drain)
+        loop.add_signal_handler(signal.SIGHUP, lambda: gateway.background.spawn(gateway.reload()))
+        gateway.background.keep(_drain_when_orphaned(drain), "lifeline")
+        await server.serve(sockets=[listener])
+
+
+async def _drain_when_orphaned(drain: Callable[[], None]) -> None:
+    await parent_gone()
+    drain()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, that says when it accepts."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+
+def serve_app(gateway: Gateway, settings: Settings, *, on_started: Callable[[], None]) -> uvicorn.Server:
+    """The HTTP server around a gateway. Set `should_exit` to drain it."""
+    config = uvicorn.Config(
+        gateway.app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_s) + CLOSE_AFTER_DRAIN_S,
+    )
+    return _Server(config, on_started)

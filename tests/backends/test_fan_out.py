@@ -1,0 +1,156 @@
+"""What is particular to fanning out; the rest is in `tests/contract/test_backends.py`."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.backend import Call
+from backends.errors import BackendFailed, BackendOverloaded
+from backends.fan_out import FanOut
+from backends.openai_http import OpenAIBackend
+from backends.scripted import Script, ScriptedBackend
+from tests.calls import collect, make_call, texts_of, whole_of
+from tests.upstream import Upstream, answers, completion
+
+
+def seed_of(call: Call) -> int:
+    assert call.request.seed is not None
+    return call.request.seed
+
+
+class Parts:
+    """An engine that remembers its calls and answers each with its seed."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.calls: list[Call] = []
+        self._script = script or Script(prompt_tokens=10)
+        self.backend = ScriptedBackend("a", self.play)
+
+    def play(self, call: Call) -> Script:
+        self.calls.append(call)
+        return msgspec.structs.replace(self._script, tokens=(f"seed {call.request.seed}",))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choices_are_split_into_calls_with_their_own_n_and_seed(stream: bool):
+    parts = Parts()
+    events = await collect(FanOut(parts.backend, 2), make_call(stream=stream, n=5, seed=40))
+    asked = [(call.request.n, call.request.seed) for call in parts.calls]
+    assert asked == [(2, 40), (2, 42), (1, 44)]
+    for call in parts.calls:
+        fields = {name: msgspec.json.decode(raw) for name, raw in call.request.fields.items()}
+        assert (fields["n"], fields["seed"]) == (call.request.n, call.request.seed)
+    assert texts_of(events) == ["seed 40", "seed 40", "seed 42", "seed 42", "seed 44"]
+    assert [choice["index"] for choice in whole_of(events)["choices"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_is_the_sum_over_all_calls_and_comes_once(stream: bool):
+    parts = Parts(Script(prompt_tokens=10, cached_tokens=4, reasoning=("r",)))
+    events = await collect(FanOut(parts.backend, 1), make_call(stream=stream, n=3, seed=0))
+    assert whole_of(events)["usage"] == {
+        "prompt_tokens": 30,
+        "completion_tokens": 6,
+        "total_tokens": 36,
+        "prompt_tokens_details": {"cached_tokens": 12},
+        "completion_tokens_details": {"reasoning_tokens": 3},
+    }
+    assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_usage_is_missing_where_one_call_reports_none(stream: bool):
+    engine = ScriptedBackend("a", lambda call: Script(reports_usage=seed_of(call) != 1))
+    events = await collect(FanOut(engine, 1), make_call(stream=stream, n=3, seed=0))
+    assert all(event.usage is None for event in events)
+
+
+async def test_what_fits_in_one_call_passes_through_untouched():
+    parts = Parts()
+    call = make_call(stream=True, n=2, seed=1)
+    await collect(FanOut(parts.backend, 2), call)
+    assert parts.calls == [call]
+
+
+async def test_a_list_of_prompts_is_not_taken_apart():
+    parts = Parts()
+    call = make_call("text_completion", n=4)
+    call = msgspec.structs.replace(call, request=msgspec.structs.replace(call.request, prompt=None))
+    await collect(FanOut(parts.backend, 1), call)
+    assert parts.calls == [call]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_first_call_that_fails_cancels_the_others(stream: bool):
+    def play(call: Call) -> Script:
+        return Script(fault="overloaded", retry_after_s=3.0) if seed_of(call) == 1 else Script(fault="hang")
+
+    engine = ScriptedBackend("a", play)
+    with pytest.raises(BackendOverloaded) as failure:
+        await collect(FanOut(engine, 1), make_call(stream=stream, n=3, seed=0))
+    assert failure.value.retry_after_s == 3.0
+    assert (engine.calls, engine.cancelled, engine.in_flight) == (3, 2, 0)
+
+
+async def test_a_failure_after_many_unread_events_is_still_raised():
+    def play(call: Call) -> Script:
+        return Script(tokens=("x",) * 200, fault="error" if seed_of(call) == 0 else "none", fault_after_tokens=150)
+
+    with pytest.raises(BackendFailed):
+        await collect(FanOut(ScriptedBackend("a", play), 1), make_call(stream=True, n=2, seed=0))
+
+
+async def test_a_reader_that_stops_stops_the_engine_too():
+    engine = ScriptedBackend("a", Script(tokens=("x",) * 10_000))
+    async with aclosing(FanOut(engine, 1).answer(make_call(stream=True, n=2))) as events:
+        await anext(events)
+        for _ in range(500):
+            await asyncio.sleep(0)
+        assert engine.events < 100
+    assert engine.in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cancelled_at_any_step_of_the_loop_every_call_is_hung_up(stream: bool):
+    engine = ScriptedBackend(
+        "a", Script(tokens=("x",) * 5, first_token_delay_s=0.0, fault="hang", fault_after_tokens=4)
+    )
+    backend = FanOut(engine, 1)
+    for steps in range(30):
+        task = asyncio.get_running_loop().create_task(collect(backend, make_call(stream=stream, n=3)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert engine.in_flight == 0
+    assert engine.cancelled == engine.calls > 0
+
+
+async def test_an_engine_that_will_not_stream_is_still_answered_as_a_stream():
+    async with Upstream() as upstream:
+        engine = OpenAIBackend("a", upstream.url)
+        upstream.plays(*answers(completion("Hello", prompt_tokens=3, completion_tokens=2)))
+        events = await collect(FanOut(engine, 1), make_call(stream=True, n=2))
+        await engine.aclose()
+    assert not any(event.whole for event in events)
+    assert texts_of(events) == ["Hello", "Hello"]
+    assert whole_of(events)["usage"]["total_tokens"] == 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 12), max_n=st.integers(1, 5), stream=st.booleans())
+def test_any_n_through_any_engine_gives_n_finished_choices(n: int, max_n: int, stream: bool):
+    async def run() -> dict[str, Any]:
+        return whole_of(await collect(FanOut(ScriptedBackend("a"), max_n), make_call(stream=stream, n=n)))
+
+    choices = asyncio.run(run())["choices"]
+    assert [choice["index"] for choice in choices] == list(range(n))
+    assert all(choice["finish_reason"] == "stop" for choice in choices)
