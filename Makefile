@@ -54,7 +54,7 @@ packages-local packages-local,dev: packages-%: | $(BIN)/python
 	@rm -f $(VENV)/installed
 	@{ $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[$*]' 2>&1 \
 	  && touch $(VENV)/installed; } | tee $(VENV)/install.log | { n=0; while IFS= read -r line; do case $$line in \
-	    "Collecting "*) n=$$((n + 1)); [ $$((n % 20)) -ne 0 ] || echo "  packages $$n found";; \
+	    "Collecting "*|"Processing /"*) n=$$((n + 1)); [ $$((n % 20)) -ne 0 ] || echo "  packages $$n found";; \
 	    "Installing collected"*) echo "  packages $$n fetched, installing";; \
 	    ERROR*|error*) echo "  $$line";; \
 	  esac; done; }

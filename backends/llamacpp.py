@@ -1,7 +1,14 @@
-"""A llama.cpp server. With a chat template of ours, chat is asked of its plain completions and told as chat again."""
+"""A llama.cpp server, and what it does otherwise than other engines that speak OpenAI's protocol.
+
+- It goes on to the end of an answer that is not streamed although its client has left (10 s of computing were seen; a
+  stream stops within 2 ms). So every answer is asked for as a stream, and folded where the client wants it whole.
+- It closes a connection after a stream without announcing it. So no connection is used twice.
+- With a chat template of ours, chat is asked of its plain completions and told as chat again.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
@@ -13,6 +20,7 @@ import msgspec
 from backends.backend import Call, Load
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendProtocolError, RequestRejected
+from backends.fold import fold
 from backends.openai_http import OpenAIBackend
 from backends.templates import ChatTemplate, TemplateFailed
 
@@ -54,7 +62,12 @@ class LlamaCppBackend:
     ) -> None:
         root = url.rstrip("/").removesuffix("/v1")
         self._engine = OpenAIBackend(
-            name, f"{root}/v1", session=session, health_url=f"{root}/health", wall_clock=wall_clock
+            name,
+            f"{root}/v1",
+            session=session,
+            headers={"Connection": "close"},
+            health_url=f"{root}/health",
+            wall_clock=wall_clock,
         )
         self._template = chat_template
         self._stop = tuple(stop)
@@ -69,17 +82,22 @@ class LlamaCppBackend:
 
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
+        request = call.request
+        asked = call if request.stream else _as_stream(call)
         telling = None
-        if self._template is not None and call.request.operation == "chat":
+        if self._template is not None and request.operation == "chat":
             telling = _ChatTelling(call, self.name)
-            call = msgspec.structs.replace(call, request=self._as_completion(call, self._template))
-        async with aclosing(self._engine.answer(call)) as events:
+            asked = msgspec.structs.replace(asked, request=self._as_completion(asked, self._template))
+        frames = []
+        async with aclosing(self._engine.answer(asked)) as events:
             async for event in events:
-                if telling is None:
-                    yield event
-                else:
-                    for chat_event in telling.tell(event):
-                        yield chat_event
+                for told in [event] if telling is None else telling.tell(event):
+                    if request.stream or told.whole:
+                        yield told
+                    else:
+                        frames.append(told.raw)
+        if frames:
+            yield parse_event(fold(frames, request.operation), whole=True)
 
     async def check(self, *, within_s: float) -> None:
         await self._engine.check(within_s=within_s)
@@ -127,6 +145,13 @@ class LlamaCppBackend:
         )
 
 
+def _as_stream(call: Call) -> Call:
+    """The same call as a stream, on the clocks of an answer that is not one."""
+    request = msgspec.structs.replace(call.request, stream=True, fields=call.request.with_fields(stream=True))
+    timeouts = msgspec.structs.replace(call.timeouts, first_token_s=math.inf, idle_s=math.inf)
+    return msgspec.structs.replace(call, request=request, timeouts=timeouts)
+
+
 class _ChatTelling:
     """Tells the events of a text completion as those of a chat."""
 
@@ -137,37 +162,34 @@ class _ChatTelling:
         self._begun: set[int] = set()
 
     def tell(self, event: Event) -> Iterator[Event]:
-        frame = msgspec.json.decode(event.raw, type=Json)
-        kind = "chat.completion" if event.whole else "chat.completion.chunk"
-        head = {**frame, "object": kind, "model": self._model}
+        head = msgspec.json.decode(event.raw, type=Json)
+        head |= {"object": "chat.completion.chunk", "model": self._model}
+        choices = head.pop("choices", None) or ()
         new = [choice.index for choice in event.choices if choice.index not in self._begun]
-        if new and not event.whole:
+        if new:
             self._begun.update(new)
             opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            yield self._event({**head, "choices": [{"index": index, **opening} for index in new], "usage": None}, event)
-        choices = [self._choice(choice, event.whole) for choice in frame.get("choices") or ()]
-        yield self._event({**head, "choices": choices}, event)
+            yield self._event({**head, "choices": [{"index": index, **opening} for index in new], "usage": None})
+        yield self._event({**head, "choices": [self._choice(choice) for choice in choices]})
 
-    def _choice(self, choice: Json, whole: bool) -> Json:
-        text = choice.pop("text", None) or ""
-        choice["logprobs"] = self._logprobs(choice.get("logprobs"))
-        if whole:
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["delta"] = {"content": text} if text else {}
-        return choice
+    def _choice(self, choice: Json) -> Json:
+        text = choice.pop("text", None)
+        delta = {"content": text} if text else {}
+        return {**choice, "delta": delta, "logprobs": self._logprobs(choice.get("logprobs"))}
 
     def _logprobs(self, logprobs: Json | None) -> Json | None:
         if not logprobs:
             return None
         entries = logprobs["content"] if "content" in logprobs else _as_chat_logprobs(logprobs)
-        for entry in entries or ():
-            entry["top_logprobs"] = (entry.get("top_logprobs") or [])[: self._top_logprobs]
-        return {"content": entries}
+        return {"content": [self._bounded(entry) for entry in entries or ()]}
 
-    def _event(self, frame: Json, event: Event) -> Event:
+    def _bounded(self, entry: Json) -> Json:
+        """The entry with as many alternatives as were asked for: the engine is never asked for less than one."""
+        return {**entry, "top_logprobs": (entry.get("top_logprobs") or [])[: self._top_logprobs]}
+
+    def _event(self, frame: Json) -> Event:
         try:
-            return parse_event(msgspec.json.encode(frame), whole=event.whole)
+            return parse_event(msgspec.json.encode(frame))
         except msgspec.DecodeError as error:
             message = f"the completion cannot be told as chat: {error}"
             raise BackendProtocolError(message, backend=self._backend, model=self._model) from error

@@ -33,6 +33,14 @@ EXCLUDED = frozenset(
     }
 )
 
+class UnreadableField(Exception):
+    """A field holds JSON that no value of ours can stand for, such as a number beyond a float. `field` names it."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"'{field}': {reason}")
+        self.field = field
+
+
 _encoder = msgspec.json.Encoder(order="sorted")
 _decode = msgspec.json.Decoder().decode
 
@@ -54,13 +62,17 @@ def canonical_request(request: ChatRequest) -> bytes:
     """The canonical form of a request: equal bytes if and only if the answer-relevant fields are equal.
 
     Strings are compared after Unicode NFC, a null field is an absent one, and 1.0 is 1 at the top level.
+    Raises `UnreadableField`.
     """
     fields: dict[str, Any] = {}
     for name, raw in request.fields.items():
         if name in EXCLUDED:
             continue
         source = bytes(raw)
-        value = _decode(source)
+        try:
+            value = _decode(source)
+        except msgspec.DecodeError as error:
+            raise UnreadableField(name, str(error)) from None
         if value is None:
             continue
         if type(value) is float and value.is_integer():

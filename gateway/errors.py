@@ -22,6 +22,7 @@ from backends.errors import (
     RequestRejected,
 )
 from cache.inflight import FlightAbandoned
+from cache.key import UnreadableField
 from gateway.auth import InvalidKey, KeyExpired, MissingKey, StoreUnavailable
 from gateway.snapshot import UnknownModel
 from policies.ledger import QuotaExceeded
@@ -183,6 +184,9 @@ def _rejected(error: RequestRejected) -> Rendered:
 
 TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
     RequestError: _request_error,
+    UnreadableField: lambda error: Rendered(
+        status=400, type=_INVALID, code="invalid_value", message=str(error), param=error.field
+    ),
     MissingKey: _key_error("missing_api_key"),
     InvalidKey: _key_error("invalid_api_key"),
     KeyExpired: _key_error("expired_api_key"),

@@ -30,7 +30,8 @@ from gateway.telemetry.record import Record
 from policies.store import Store
 from policies.watch import PolicyWatch
 
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS_TEXT = "text/plain; version=0.0.4"
+"""The framework adds the charset; said twice, Prometheus refuses to read the scrape."""
 
 
 def build_app(
@@ -91,7 +92,7 @@ def build_app(
             rendered.body(),
             status_code=rendered.status,
             media_type=MediaType.JSON,
-            headers={"x-request-id": request_id, **headers},
+            headers={"x-request-id": request_id, "cache-control": "private, no-store", **headers},
         )
 
     app = Litestar(
@@ -105,6 +106,7 @@ def build_app(
             admin_router(AdminDependencies(keys=keys, watch=watch, store=store)),
         ],
         exception_handlers={Exception: on_error},
+        after_request=_named,
         openapi_config=OpenAPIConfig(
             title="Forebay",
             version="1",
@@ -123,12 +125,19 @@ def fresh_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
+def _named(response: Response[Any]) -> Response[Any]:
+    """Every answer has a request id, and none is for a cache in between to keep."""
+    response.headers["x-request-id"] = fresh_request_id()
+    response.headers["cache-control"] = "private, no-store"
+    return response
+
+
 def _domain_error(request: Request[Any, Any, Any], error: Exception) -> Exception:
     """The framework's errors in our own words."""
     if not isinstance(error, HTTPException) or isinstance(error, AuthError):
         return error
     if error.status_code == 404:
-        return RouteNotFound(f"there is nothing at {request.url.path}; see /openapi for what there is")
+        return RouteNotFound(f"there is nothing at {request.scope['path']}; see /openapi for what there is")
     if error.status_code == 405:
         return MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}")
     if error.status_code < 500:

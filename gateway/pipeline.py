@@ -19,6 +19,7 @@ from typing import Protocol
 import anyio
 
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt, OpenAnswer
+from backends.catalog import ModelCard
 from backends.chat import ChatRequest, Event, Usage
 from backends.fold import fold
 from backends.slots import Flow
@@ -50,7 +51,13 @@ class Recorder(Protocol):
     def attempt_failed(self, failed: FailedAttempt) -> None: ...
 
     def flight_ended(
-        self, context: RequestContext, head: Head | None, usage: Usage, cost_nano_usd: int, outcome: str
+        self,
+        context: RequestContext,
+        model: str,
+        head: Head | None,
+        usage: Usage,
+        cost_nano_usd: int,
+        outcome: str,
     ) -> None:
         """A flight is over. `outcome`: answered, failed, abandoned (nobody listened), denied."""
 
@@ -196,7 +203,8 @@ class Pipeline:
             outcome = "failed"
             raise
         finally:
-            usage = await self._settle(context, reservation, head, taken, claim, outcome)
+            card = decision.model if head is None else snapshot.models[head.model]
+            usage = await self._settle(context, reservation, card, head, taken, outcome)
         if not usage.estimated:
             self._bytes_per_token.learn(learned, request.size_bytes, usage.prompt_tokens)
         await self._store(flight, context, request, scope, key, head, usage, taken)
@@ -281,21 +289,24 @@ class Pipeline:
         self,
         context: RequestContext,
         reservation: Reservation,
+        card: ModelCard,
         head: Head | None,
         taken: _Taken,
-        claim: Amounts,
         outcome: str,
     ) -> Usage:
-        """End the reservation, whatever happened to the call: with what it took, or with nothing if nothing began."""
+        """End the reservation, whatever happened to the call: with what it took, or with nothing where it failed.
+
+        An answer that nobody waited for has at least had its prompt read, so that much is settled, marked estimated.
+        """
         usage = Usage()
         cost_nano_usd = 0
         settled = False
         error: BaseException | None = None
         with anyio.move_on_after(SETTLE_WITHIN_S, shield=True):
             try:
-                if head is not None:
-                    usage = await taken.usage(complete=outcome == "answered", at_most_tokens=claim.tokens)
-                    cost_nano_usd = context.snapshot.models[head.model].price.cost_nano_usd(usage)
+                if head is not None or outcome == "abandoned":
+                    usage = await taken.usage(complete=outcome == "answered", at_most_tokens=reservation.amounts.tokens)
+                    cost_nano_usd = card.price.cost_nano_usd(usage)
                     reservation = self._live.get(context.request_id, reservation)
                     await self._ledger.settle(
                         reservation, Amounts(tokens=usage.total_tokens, cost_nano_usd=cost_nano_usd)
@@ -308,7 +319,7 @@ class Pipeline:
         self._live.pop(context.request_id, None)
         if not settled:
             self._recorder.settle_failed(context.request_id, error)
-        self._recorder.flight_ended(context, head, usage, cost_nano_usd, outcome)
+        self._recorder.flight_ended(context, card.name, head, usage, cost_nano_usd, outcome)
         return usage
 
     async def _store(

@@ -83,7 +83,7 @@ async def serve(
             on_serving(Announcement(url=f"http://{shown}:{port}", policy=policy, owner_key=owner_key))
 
     try:
-        stages = [tree.valkeys(), [*tree.engines(), *tree.workers(listener)]]
+        stages = [tree.valkeys(), tree.engines(), tree.workers(listener)]
         return await Supervisor(stages, runtime_directory=tree.runtime_dir, on_event=event).run()
     finally:
         listener.close()

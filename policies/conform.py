@@ -21,7 +21,7 @@ from policies.mistakes import START, Findings, Path, Place, in_print, listed, ne
 from policies.money import UsdPer1M
 from policies.yaml_source import Mapping, Node, Scalar, Sequence, core_value
 
-MAX_NODES = 200_000
+MAX_NODES = 100_000
 """Values read from one file, each alias counted as often as it is used."""
 
 _PARSERS: dict[type, Callable[[str], object]] = {Duration: Duration.parse, UsdPer1M: UsdPer1M.parse}

@@ -44,7 +44,7 @@ async def connect(*arguments: Any, **options: Any) -> SQLiteConnection:
     """A connection that is open; arguments and errors are those of `sqlite3.connect`."""
 
     def connector() -> sqlite3.Connection:
-        connection = sqlite3.connect(*arguments, **options)
+        connection: sqlite3.Connection = sqlite3.connect(*arguments, **options)
         try:
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").close()
@@ -55,7 +55,7 @@ async def connect(*arguments: Any, **options: Any) -> SQLiteConnection:
 
     connection = SQLiteConnection(connector)
     try:
-        await connection
+        _ = await connection
     except BaseException:
         if (stopped := connection.stop()) is not None:
             with anyio.move_on_after(_STOP_WITHIN_S, shield=True):

@@ -110,7 +110,7 @@ def _prompts(prompt: str | list[Any]) -> int:
 
 def _read(body: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[dict[str, msgspec.Raw], Any]:
     try:
-        # The second read walks every byte of the body, so what it accepts the raw fields may be forwarded.
+        body.decode()  # msgspec skips over the strings of fields it was not asked for, whatever bytes they hold
         return _fields.decode(body), decoder.decode(body)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")

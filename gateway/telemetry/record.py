@@ -71,14 +71,19 @@ class Record:
             self._log.warning("backend ejected", backend=failed.backend, cause=str(failed.error))
 
     def flight_ended(
-        self, context: RequestContext, head: Head | None, usage: Usage, cost_nano_usd: int, outcome: str
+        self,
+        context: RequestContext,
+        model: str,
+        head: Head | None,
+        usage: Usage,
+        cost_nano_usd: int,
+        outcome: str,
     ) -> None:
         metrics = self._metrics
         metrics.flights.labels(outcome).inc()
-        if head is None:
-            return
-        metrics.decisions.labels(head.decision.route or "", head.model, head.decision.reason).inc()
-        metrics.first_token.labels(head.model, head.backend).observe(head.committed_at - head.asked_at)
+        if head is not None:
+            metrics.decisions.labels(head.decision.route or "", head.model, head.decision.reason).inc()
+            metrics.first_token.labels(head.model, head.backend).observe(head.committed_at - head.asked_at)
         for kind, count in (
             ("prompt", usage.prompt_tokens),
             ("completion", usage.completion_tokens),
@@ -86,11 +91,11 @@ class Record:
             ("reasoning", usage.reasoning_tokens),
         ):
             if count:
-                metrics.tokens.labels(head.model, kind).inc(count)
+                metrics.tokens.labels(model, kind).inc(count)
         if cost_nano_usd:
-            metrics.cost.labels(head.model).inc(cost_nano_usd / 1e9)
+            metrics.cost.labels(model).inc(cost_nano_usd / 1e9)
         if usage.estimated:
-            metrics.estimated.labels(head.model).inc()
+            metrics.estimated.labels(model).inc()
 
     def stored(self, reason: str | None) -> None:
         self._metrics.stores.labels(reason or "stored").inc()

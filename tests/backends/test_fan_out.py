@@ -39,7 +39,7 @@ class Parts:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_choices_are_split_into_calls_with_their_own_n_and_seed(stream: bool):
+async def test_choices_are_split_into_calls_with_their_own_n_and_seed(stream: bool) -> None:
     parts = Parts()
     events = await collect(FanOut(parts.backend, 2), make_call(stream=stream, n=5, seed=40))
     asked = [(call.request.n, call.request.seed) for call in parts.calls]
@@ -52,7 +52,7 @@ async def test_choices_are_split_into_calls_with_their_own_n_and_seed(stream: bo
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_usage_is_the_sum_over_all_calls_and_comes_once(stream: bool):
+async def test_usage_is_the_sum_over_all_calls_and_comes_once(stream: bool) -> None:
     parts = Parts(Script(prompt_tokens=10, cached_tokens=4, reasoning=("r",)))
     events = await collect(FanOut(parts.backend, 1), make_call(stream=stream, n=3, seed=0))
     assert whole_of(events)["usage"] == {
@@ -66,20 +66,20 @@ async def test_usage_is_the_sum_over_all_calls_and_comes_once(stream: bool):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_usage_is_missing_where_one_call_reports_none(stream: bool):
+async def test_usage_is_missing_where_one_call_reports_none(stream: bool) -> None:
     engine = ScriptedBackend("a", lambda call: Script(reports_usage=seed_of(call) != 1))
     events = await collect(FanOut(engine, 1), make_call(stream=stream, n=3, seed=0))
     assert all(event.usage is None for event in events)
 
 
-async def test_what_fits_in_one_call_passes_through_untouched():
+async def test_what_fits_in_one_call_passes_through_untouched() -> None:
     parts = Parts()
     call = make_call(stream=True, n=2, seed=1)
     await collect(FanOut(parts.backend, 2), call)
     assert parts.calls == [call]
 
 
-async def test_a_list_of_prompts_is_not_taken_apart():
+async def test_a_list_of_prompts_is_not_taken_apart() -> None:
     parts = Parts()
     call = make_call("text_completion", n=4)
     call = msgspec.structs.replace(call, request=msgspec.structs.replace(call.request, prompt=None))
@@ -88,7 +88,7 @@ async def test_a_list_of_prompts_is_not_taken_apart():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_the_first_call_that_fails_cancels_the_others(stream: bool):
+async def test_the_first_call_that_fails_cancels_the_others(stream: bool) -> None:
     def play(call: Call) -> Script:
         return Script(fault="overloaded", retry_after_s=3.0) if seed_of(call) == 1 else Script(fault="hang")
 
@@ -99,7 +99,7 @@ async def test_the_first_call_that_fails_cancels_the_others(stream: bool):
     assert (engine.calls, engine.cancelled, engine.in_flight) == (3, 2, 0)
 
 
-async def test_a_failure_after_many_unread_events_is_still_raised():
+async def test_a_failure_after_many_unread_events_is_still_raised() -> None:
     def play(call: Call) -> Script:
         return Script(tokens=("x",) * 200, fault="error" if seed_of(call) == 0 else "none", fault_after_tokens=150)
 
@@ -107,7 +107,7 @@ async def test_a_failure_after_many_unread_events_is_still_raised():
         await collect(FanOut(ScriptedBackend("a", play), 1), make_call(stream=True, n=2, seed=0))
 
 
-async def test_a_reader_that_stops_stops_the_engine_too():
+async def test_a_reader_that_stops_stops_the_engine_too() -> None:
     engine = ScriptedBackend("a", Script(tokens=("x",) * 10_000))
     async with aclosing(FanOut(engine, 1).answer(make_call(stream=True, n=2))) as events:
         await anext(events)
@@ -118,7 +118,7 @@ async def test_a_reader_that_stops_stops_the_engine_too():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_cancelled_at_any_step_of_the_loop_every_call_is_hung_up(stream: bool):
+async def test_cancelled_at_any_step_of_the_loop_every_call_is_hung_up(stream: bool) -> None:
     engine = ScriptedBackend(
         "a", Script(tokens=("x",) * 5, first_token_delay_s=0.0, fault="hang", fault_after_tokens=4)
     )
@@ -134,7 +134,7 @@ async def test_cancelled_at_any_step_of_the_loop_every_call_is_hung_up(stream: b
     assert engine.cancelled == engine.calls > 0
 
 
-async def test_an_engine_that_will_not_stream_is_still_answered_as_a_stream():
+async def test_an_engine_that_will_not_stream_is_still_answered_as_a_stream() -> None:
     async with Upstream() as upstream:
         engine = OpenAIBackend("a", upstream.url)
         upstream.plays(*answers(completion("Hello", prompt_tokens=3, completion_tokens=2)))
@@ -147,7 +147,7 @@ async def test_an_engine_that_will_not_stream_is_still_answered_as_a_stream():
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 12), max_n=st.integers(1, 5), stream=st.booleans())
-def test_any_n_through_any_engine_gives_n_finished_choices(n: int, max_n: int, stream: bool):
+def test_any_n_through_any_engine_gives_n_finished_choices(n: int, max_n: int, stream: bool) -> None:
     async def run() -> dict[str, Any]:
         return whole_of(await collect(FanOut(ScriptedBackend("a"), max_n), make_call(stream=stream, n=n)))
 

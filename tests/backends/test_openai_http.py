@@ -57,14 +57,14 @@ async def backend(upstream: Upstream) -> AsyncIterator[OpenAIBackend]:
     await backend.aclose()
 
 
-async def test_a_frame_is_relayed_as_the_bytes_it_came_in(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_frame_is_relayed_as_the_bytes_it_came_in(backend: OpenAIBackend, upstream: Upstream) -> None:
     odd = b'{ "x":1,"choices" :[{"index":0,"delta":{"content":"\\u00fc"},"finish_reason":"stop"}]}'
     upstream.plays(*sse(b"data: " + odd + b"\r\n\r\n"))
     [only] = await collect(backend, make_call(stream=True))
     assert only.raw == odd
 
 
-async def test_only_the_model_and_include_usage_are_rewritten(upstream: Upstream):
+async def test_only_the_model_and_include_usage_are_rewritten(upstream: Upstream) -> None:
     backend = OpenAIBackend("a", upstream.url, upstream_model="org/Real-Model")
     upstream.plays(*sse(*ANSWER))
     call = make_call(stream=True, stream_options={"include_usage": False, "chunk": 2}, logit_bias={"1": -3}, user="u")
@@ -82,7 +82,7 @@ async def test_only_the_model_and_include_usage_are_rewritten(upstream: Upstream
     await backend.aclose()
 
 
-async def test_the_engine_is_sent_our_headers_and_nothing_of_the_client(upstream: Upstream):
+async def test_the_engine_is_sent_our_headers_and_nothing_of_the_client(upstream: Upstream) -> None:
     backend = OpenAIBackend("a", upstream.url, api_key="ours", headers={"X-Team": "t"})
     upstream.plays(*sse(*ANSWER))
     await collect(backend, make_call(stream=True))
@@ -97,20 +97,20 @@ async def test_the_engine_is_sent_our_headers_and_nothing_of_the_client(upstream
     await backend.aclose()
 
 
-async def test_without_a_key_no_authorization_is_sent(backend: OpenAIBackend, upstream: Upstream):
+async def test_without_a_key_no_authorization_is_sent(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*answers(completion("x")))
     await collect(backend, make_call())
     assert "authorization" not in upstream.requests[-1].headers
 
 
-async def test_cookies_are_not_kept(backend: OpenAIBackend, upstream: Upstream):
+async def test_cookies_are_not_kept(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*answers(completion("x"), Set_Cookie="a=b"))
     await collect(backend, make_call())
     await collect(backend, make_call())
     assert "cookie" not in upstream.requests[-1].headers
 
 
-async def test_a_large_request_arrives_whole(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_large_request_arrives_whole(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*answers(completion("x")))
     long = "ü" * 2_000_000
     await collect(backend, make_call(messages=[{"role": "user", "content": long}]))
@@ -120,7 +120,7 @@ async def test_a_large_request_arrives_whole(backend: OpenAIBackend, upstream: U
 @pytest.mark.parametrize("done", [True, False])
 async def test_a_connection_is_used_again_after_answers_of_every_kind(
     backend: OpenAIBackend, upstream: Upstream, done: bool
-):
+) -> None:
     for _ in range(3):
         upstream.plays(*sse(*ANSWER, done=done))
         assert texts_of(await collect(backend, make_call(stream=True))) == ["Hello"]
@@ -134,7 +134,7 @@ async def test_a_connection_is_used_again_after_answers_of_every_kind(
 
 async def test_a_connection_is_not_used_again_after_an_answer_that_was_given_up(
     backend: OpenAIBackend, upstream: Upstream
-):
+) -> None:
     upstream.plays(*sse(*ANSWER))
     async with aclosing(backend.answer(make_call(stream=True))) as events:
         await anext(events)
@@ -144,7 +144,7 @@ async def test_a_connection_is_not_used_again_after_an_answer_that_was_given_up(
 
 async def test_an_engine_that_keeps_the_stream_open_after_done_costs_the_connection_and_no_time(
     backend: OpenAIBackend, upstream: Upstream
-):
+) -> None:
     upstream.plays(*sse(*ANSWER), Hang())
     assert texts_of(await collect(backend, make_call(stream=True, within_s=1.0))) == ["Hello"]
     await upstream.until_hung_up()
@@ -153,19 +153,21 @@ async def test_an_engine_that_keeps_the_stream_open_after_done_costs_the_connect
 @pytest.mark.parametrize("end", [Close(), Reset(), Hang()])
 async def test_an_answer_whose_choices_have_finished_is_not_lost_for_want_of_its_end(
     backend: OpenAIBackend, upstream: Upstream, end: Any
-):
+) -> None:
     upstream.plays(*sse(*ANSWER, done=False), end)
     call = make_call(stream=True, timeouts=Timeouts(idle_s=0.1), within_s=3.0)
     assert texts_of(await collect(backend, call)) == ["Hello"]
 
 
-async def test_a_stream_that_ends_before_all_that_began_finished_is_broken(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_stream_that_ends_before_all_that_began_finished_is_broken(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
     upstream.plays(*sse(chunk("a", 0), chunk("b", 1), finish(0), usage(1, 1)))
     with pytest.raises(BackendProtocolError, match="broke off"):
         await collect(backend, make_call(stream=True, n=2))
 
 
-async def test_a_stream_waits_for_the_choices_that_have_not_begun(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_stream_waits_for_the_choices_that_have_not_begun(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*sse(chunk("a", 0), finish(0), chunk("b", 1), finish(1), usage(1, 2)))
     assert texts_of(await collect(backend, make_call(stream=True, n=2))) == ["a", "b"]
 
@@ -173,18 +175,18 @@ async def test_a_stream_waits_for_the_choices_that_have_not_begun(backend: OpenA
 @pytest.mark.parametrize("frames", [(), (b": nothing\n\n",), (b"data: [DONE]\n\n",), (event(usage(1, 0)),)])
 async def test_a_stream_without_a_choice_is_broken(
     backend: OpenAIBackend, upstream: Upstream, frames: tuple[bytes, ...]
-):
+) -> None:
     upstream.plays(Head(), *map(Send, frames))
     with pytest.raises(BackendProtocolError):
         await collect(backend, make_call(stream=True))
 
 
-async def test_the_last_frame_counts_without_its_blank_line(backend: OpenAIBackend, upstream: Upstream):
+async def test_the_last_frame_counts_without_its_blank_line(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(Head(), Send(event(chunk("x"))), Send(event(finish()).rstrip()))
     assert texts_of(await collect(backend, make_call(stream=True))) == ["x"]
 
 
-async def test_a_last_frame_cut_short_is_a_broken_answer(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_last_frame_cut_short_is_a_broken_answer(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(Head(), Send(event(chunk("x"))), Send(event(finish())[:-20]))
     with pytest.raises(BackendProtocolError, match="broke off"):
         await collect(backend, make_call(stream=True))
@@ -196,19 +198,19 @@ async def test_a_last_frame_cut_short_is_a_broken_answer(backend: OpenAIBackend,
 )
 async def test_a_frame_that_is_not_openais_json_is_never_yielded(
     backend: OpenAIBackend, upstream: Upstream, frame: bytes
-):
+) -> None:
     upstream.plays(*sse(chunk("x"), frame, finish()))
     with pytest.raises(BackendProtocolError):
         await collect(backend, make_call(stream=True))
 
 
-async def test_a_frame_beyond_4_mib_is_refused(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_frame_beyond_4_mib_is_refused(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(Head(), *[Send(b"x" * 1_000_000)] * 6)
     with pytest.raises(BackendProtocolError, match="4194304"):
         await collect(backend, make_call(stream=True))
 
 
-async def test_an_error_may_be_null_or_a_word_of_the_answer(backend: OpenAIBackend, upstream: Upstream):
+async def test_an_error_may_be_null_or_a_word_of_the_answer(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*sse({**chunk('the "error" is'), "error": None}, finish()))
     assert texts_of(await collect(backend, make_call(stream=True))) == ['the "error" is']
 
@@ -232,14 +234,14 @@ async def test_an_error_may_be_null_or_a_word_of_the_answer(backend: OpenAIBacke
 @pytest.mark.parametrize("before", [(), (chunk("x"),)])
 async def test_an_error_inside_a_200_stream_is_an_error_by_its_own_word(
     backend: OpenAIBackend, upstream: Upstream, before: Any, frame: dict[str, Any], error: type[BackendError]
-):
+) -> None:
     upstream.plays(*sse(*before, frame))
     with pytest.raises(error) as failure:
         await collect(backend, make_call(stream=True))
     assert type(failure.value) is error
 
 
-async def test_an_event_named_error_is_one_whatever_it_holds(backend: OpenAIBackend, upstream: Upstream):
+async def test_an_event_named_error_is_one_whatever_it_holds(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*sse(b'event: error\ndata: {"message": "gone", "type": "overloaded_error"}\n\n'))
     with pytest.raises(BackendOverloaded, match="gone"):
         await collect(backend, make_call(stream=True))
@@ -269,7 +271,7 @@ async def test_an_event_named_error_is_one_whatever_it_holds(backend: OpenAIBack
 )
 async def test_a_status_that_is_not_200_is_an_error_by_its_cause(
     backend: OpenAIBackend, upstream: Upstream, status: int, body: object, error: type[BackendError]
-):
+) -> None:
     upstream.plays(*answers(body, status, Location="/elsewhere"))
     with pytest.raises(error) as failure:
         await collect(backend, make_call(stream=True))
@@ -277,7 +279,7 @@ async def test_a_status_that_is_not_200_is_an_error_by_its_cause(
     assert "sk-secret" not in str(failure.value)
 
 
-async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*answers({"error": {"message": "bad n", "type": "t", "code": "c", "param": "n"}}, 422))
     with pytest.raises(RequestRejected) as failure:
         await collect(backend, make_call())
@@ -303,14 +305,16 @@ async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend,
 @pytest.mark.parametrize("status", [429, 503])
 async def test_the_engines_retry_after_is_kept_in_seconds(
     backend: OpenAIBackend, upstream: Upstream, status: int, headers: dict[str, str], retry_after_s: float | None
-):
+) -> None:
     upstream.plays(*answers({"error": {"message": "busy"}}, status, **headers))
     with pytest.raises(BackendOverloaded) as failure:
         await collect(backend, make_call())
     assert failure.value.retry_after_s == retry_after_s
 
 
-async def test_a_json_answer_to_a_request_for_a_stream_is_one_whole_event(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_json_answer_to_a_request_for_a_stream_is_one_whole_event(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
     upstream.plays(*answers(completion("Hello")))
     [only] = await collect(backend, make_call(stream=True))
     assert only.whole
@@ -320,19 +324,19 @@ async def test_a_json_answer_to_a_request_for_a_stream_is_one_whole_event(backen
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": None}, [], b"", b"data: {}\n\n", b"<html>"])
 async def test_a_whole_answer_without_a_choice_is_a_protocol_error(
     backend: OpenAIBackend, upstream: Upstream, body: object
-):
+) -> None:
     upstream.plays(*answers(body))
     with pytest.raises(BackendProtocolError):
         await collect(backend, make_call())
 
 
-async def test_what_does_not_speak_http_is_a_protocol_error(backend: OpenAIBackend, upstream: Upstream):
+async def test_what_does_not_speak_http_is_a_protocol_error(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), Hang())
     with pytest.raises(BackendProtocolError):
         await collect(backend, make_call())
 
 
-async def test_an_engine_that_is_not_there_is_unreachable(upstream: Upstream, unused_tcp_port: int):
+async def test_an_engine_that_is_not_there_is_unreachable(upstream: Upstream, unused_tcp_port: int) -> None:
     backend = OpenAIBackend("a", f"http://127.0.0.1:{unused_tcp_port}/v1")
     for stream in (True, False):
         with pytest.raises(BackendUnreachable):
@@ -342,7 +346,7 @@ async def test_an_engine_that_is_not_there_is_unreachable(upstream: Upstream, un
     await backend.aclose()
 
 
-async def test_a_connection_that_does_not_come_meets_the_connect_clock(full_listener: int):
+async def test_a_connection_that_does_not_come_meets_the_connect_clock(full_listener: int) -> None:
     backend = OpenAIBackend("a", f"http://127.0.0.1:{full_listener}/v1")
     with pytest.raises(BackendTimeout) as failure:
         await collect(backend, make_call(stream=True, timeouts=Timeouts(connect_s=0.1)))
@@ -350,14 +354,16 @@ async def test_a_connection_that_does_not_come_meets_the_connect_clock(full_list
     await backend.aclose()
 
 
-async def test_frames_without_content_do_not_stop_the_first_token_clock(backend: OpenAIBackend, upstream: Upstream):
+async def test_frames_without_content_do_not_stop_the_first_token_clock(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
     upstream.plays(*sse(chunk(role="assistant", content=""), b": alive\n\n", chunk(), done=False), Hang())
     with pytest.raises(BackendTimeout) as failure:
         await collect(backend, make_call(stream=True, timeouts=Timeouts(first_token_s=0.1, idle_s=0.01)))
     assert failure.value.phase == "first_token"
 
 
-async def test_a_slow_reader_does_not_run_out_the_idle_clock(backend: OpenAIBackend, upstream: Upstream):
+async def test_a_slow_reader_does_not_run_out_the_idle_clock(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*sse(*ANSWER))
     seen = 0
     async with aclosing(backend.answer(make_call(stream=True, timeouts=Timeouts(idle_s=0.02)))) as events:
@@ -369,7 +375,9 @@ async def test_a_slow_reader_does_not_run_out_the_idle_clock(backend: OpenAIBack
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("given_session", [True, False])
-async def test_closing_the_backend_fails_the_calls_in_flight(upstream: Upstream, stream: bool, given_session: bool):
+async def test_closing_the_backend_fails_the_calls_in_flight(
+    upstream: Upstream, stream: bool, given_session: bool
+) -> None:
     session = new_session() if given_session else None
     backend = OpenAIBackend("a", upstream.url, session=session)
     upstream.plays(Head(), Send(event(chunk("x"))), Hang())
@@ -384,7 +392,7 @@ async def test_closing_the_backend_fails_the_calls_in_flight(upstream: Upstream,
         await session.close()
 
 
-async def test_a_session_closed_under_its_backend_makes_it_unreachable(upstream: Upstream):
+async def test_a_session_closed_under_its_backend_makes_it_unreachable(upstream: Upstream) -> None:
     session = new_session()
     backend = OpenAIBackend("a", upstream.url, session=session)
     await session.close()
@@ -402,7 +410,7 @@ async def failure_of(backend: OpenAIBackend, stream: bool) -> BackendError | Non
 @pytest.mark.parametrize("stream", [True, False])
 async def test_cancelled_at_any_step_of_the_loop_it_leaves_nothing_behind(
     backend: OpenAIBackend, upstream: Upstream, stream: bool
-):
+) -> None:
     upstream.plays(*(sse(*ANSWER, done=False) if stream else ()), Hang())
     for steps in range(40):
         task = asyncio.get_running_loop().create_task(collect(backend, make_call(stream=stream)))
@@ -430,7 +438,7 @@ async def test_cancelled_at_any_step_of_the_loop_it_leaves_nothing_behind(
 )
 async def test_a_check_says_why_the_engine_cannot_answer(
     backend: OpenAIBackend, upstream: Upstream, acts: Any, error: type[BackendError] | None
-):
+) -> None:
     upstream.plays(*acts)
     if error is None:
         await backend.check(within_s=1.0)
@@ -441,12 +449,12 @@ async def test_a_check_says_why_the_engine_cannot_answer(
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000/v1", "ftp://x/v1", "/v1"])
-def test_a_base_url_that_is_none_is_refused_at_once(url: str):
+def test_a_base_url_that_is_none_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="no http"):
         OpenAIBackend("a", url)
 
 
-async def test_backends_can_share_one_session(upstream: Upstream):
+async def test_backends_can_share_one_session(upstream: Upstream) -> None:
     async with new_session() as session:
         upstream.plays(*answers(completion("x")))
         for name in ("a", "b"):

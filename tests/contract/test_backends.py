@@ -191,7 +191,9 @@ def good(**more: Any) -> Script:
 
 
 @pytest.mark.parametrize("operation", ["chat", "text_completion"])
-async def test_an_answer_is_whole_or_a_stream_as_asked_with_all_text_and_usage(rig: Rig, stream: bool, operation: Any):
+async def test_an_answer_is_whole_or_a_stream_as_asked_with_all_text_and_usage(
+    rig: Rig, stream: bool, operation: Any
+) -> None:
     rig.plays(good())
     events = await collect(rig.backend, make_call(operation, stream=stream, n=rig.n))
 
@@ -204,15 +206,15 @@ async def test_an_answer_is_whole_or_a_stream_as_asked_with_all_text_and_usage(r
     assert rig.backend.load.in_flight == 0
 
 
-async def test_every_frame_of_an_answer_has_the_same_id(rig: Rig):
+async def test_every_frame_of_an_answer_has_the_same_id(rig: Rig) -> None:
     rig.plays(good())
     events = await collect(rig.backend, make_call(stream=True, n=rig.n))
     assert len({msgspec.json.decode(event.raw)["id"] for event in events}) == 1
 
 
-async def test_fields_that_nobody_knows_reach_the_engine_untouched(rig: Rig, stream: bool):
+async def test_fields_that_nobody_knows_reach_the_engine_untouched(rig: Rig, stream: bool) -> None:
     rig.plays(good())
-    odd = {"x_unknown": {"deep": [1, None, "ü"]}, "temperature": 0.1, "stream_options": {"x": 1}}
+    odd: dict[str, Any] = {"x_unknown": {"deep": [1, None, "ü"]}, "temperature": 0.1, "stream_options": {"x": 1}}
     await collect(rig.backend, make_call(stream=stream, n=rig.n, **odd))
     for asked in rig.asked():
         assert asked["x_unknown"] == odd["x_unknown"]
@@ -237,7 +239,7 @@ async def test_fields_that_nobody_knows_reach_the_engine_untouched(rig: Rig, str
 )
 async def test_a_failure_before_the_first_event_is_an_error_by_its_cause(
     rig: Rig, stream: bool, fault: Any, error: type[BackendError]
-):
+) -> None:
     rig.plays(good(fault=fault, retry_after_s=2.0))
     with pytest.raises(error) as failure:
         await collect(rig.backend, make_call(stream=stream, n=rig.n))
@@ -259,7 +261,7 @@ async def test_a_failure_before_the_first_event_is_an_error_by_its_cause(
 @pytest.mark.parametrize("after", [1, 2, 3])
 async def test_a_stream_that_fails_later_raises_after_what_came_before(
     rig: Rig, fault: Any, error: type[BackendError], after: int
-):
+) -> None:
     rig.plays(good(fault=fault, fault_after_tokens=after))
     seen: list[Event] = []
     with pytest.raises(error):
@@ -268,7 +270,7 @@ async def test_a_stream_that_fails_later_raises_after_what_came_before(
     assert (texts_of(seen)[0] == "".join(TOKENS[:after])) or rig.n > 1
 
 
-async def test_an_answer_that_breaks_off_is_never_whole(rig: Rig):
+async def test_an_answer_that_breaks_off_is_never_whole(rig: Rig) -> None:
     rig.plays(good(fault="truncate", fault_after_tokens=1))
     with pytest.raises(BackendError):
         await collect(rig.backend, make_call(n=rig.n))
@@ -286,7 +288,7 @@ async def test_an_answer_that_breaks_off_is_never_whole(rig: Rig):
 )
 async def test_a_stream_that_hangs_meets_the_clock_of_its_phase(
     rig: Rig, after: int, timeouts: Timeouts, within_s: float, phase: str
-):
+) -> None:
     rig.plays(good(fault="hang", fault_after_tokens=after))
     with pytest.raises(BackendTimeout) as failure:
         await collect(rig.backend, make_call(stream=True, n=rig.n, timeouts=timeouts, within_s=within_s))
@@ -294,7 +296,7 @@ async def test_a_stream_that_hangs_meets_the_clock_of_its_phase(
     assert rig.backend.load.in_flight == 0
 
 
-async def test_a_whole_answer_may_take_until_the_deadline_and_no_longer(rig: Rig):
+async def test_a_whole_answer_may_take_until_the_deadline_and_no_longer(rig: Rig) -> None:
     rig.plays(good(fault="hang"))
     started = asyncio.get_running_loop().time()
     with pytest.raises(BackendTimeout) as failure:
@@ -305,14 +307,14 @@ async def test_a_whole_answer_may_take_until_the_deadline_and_no_longer(rig: Rig
     assert 0.14 <= asyncio.get_running_loop().time() - started < 1
 
 
-async def test_a_call_whose_deadline_has_passed_fails_at_once(rig: Rig, stream: bool):
+async def test_a_call_whose_deadline_has_passed_fails_at_once(rig: Rig, stream: bool) -> None:
     rig.plays(good(fault="hang"))
     with pytest.raises(BackendTimeout):
         await collect(rig.backend, make_call(stream=stream, n=rig.n, within_s=-1))
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-async def test_cancelling_hangs_up_on_the_engine_wherever_it_is(rig: Rig, stream: bool, after: int):
+async def test_cancelling_hangs_up_on_the_engine_wherever_it_is(rig: Rig, stream: bool, after: int) -> None:
     rig.plays(good(fault="hang", fault_after_tokens=after))
     waiting = asyncio.Event()
     expected = (after + 1 if after else 0) * rig.n if stream else 0
@@ -339,7 +341,7 @@ async def test_cancelling_hangs_up_on_the_engine_wherever_it_is(rig: Rig, stream
 
 
 @pytest.mark.parametrize("after", [1, 2])
-async def test_closing_after_an_event_hangs_up_on_the_engine(rig: Rig, after: int):
+async def test_closing_after_an_event_hangs_up_on_the_engine(rig: Rig, after: int) -> None:
     rig.plays(good(fault="hang", fault_after_tokens=3))
     async with aclosing(rig.backend.answer(make_call(stream=True, n=rig.n))) as events:
         for _ in range(after * rig.n):
@@ -348,14 +350,14 @@ async def test_closing_after_an_event_hangs_up_on_the_engine(rig: Rig, after: in
     await rig.until_hung_up()
 
 
-async def test_closing_without_consuming_asks_the_engine_nothing(rig: Rig, stream: bool):
+async def test_closing_without_consuming_asks_the_engine_nothing(rig: Rig, stream: bool) -> None:
     rig.plays(good())
     await rig.backend.answer(make_call(stream=stream, n=rig.n)).aclose()
     assert rig.asked() == []
     assert rig.backend.load.in_flight == 0
 
 
-async def test_calls_in_flight_are_counted(rig: Rig):
+async def test_calls_in_flight_are_counted(rig: Rig) -> None:
     rig.plays(good(fault="hang", fault_after_tokens=3))
     async with aclosing(rig.backend.answer(make_call(stream=True, n=rig.n))) as events:
         for _ in range(2 * rig.n):
@@ -364,7 +366,7 @@ async def test_calls_in_flight_are_counted(rig: Rig):
     assert rig.backend.load.in_flight == 0
 
 
-async def test_a_closed_backend_is_unreachable(rig: Rig, stream: bool):
+async def test_a_closed_backend_is_unreachable(rig: Rig, stream: bool) -> None:
     rig.plays(good())
     await rig.backend.aclose()
     with pytest.raises(BackendUnreachable):

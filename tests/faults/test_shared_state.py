@@ -216,7 +216,7 @@ async def test_a_cluster_node_is_refused_by_name_of_its_mode(start_valkey: Calla
 
 
 @pytest.mark.parametrize(
-    "babble", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b":1\r\n", b":1\r\n:2\r\n:3\r\n:4\r\n", b"", b"%1\r\n"]
+    "babble", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b":1\r\n", b":1\r\n:2\r\n:3\r\n:4\r\n", b"", b"%1\r\n", b"%0\r\n"]
 )
 async def test_a_server_that_speaks_something_else_is_open_with_a_reason(babble: bytes) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -254,6 +254,16 @@ async def test_timeouts_that_are_not_in_a_row_leave_the_breaker_closed(valkey: V
             assert await shared.execute("ECHO", round_, within_s=SOON_S) == str(round_).encode()
 
         assert transitions.states == ["closed"]
+
+
+async def test_replies_that_come_too_late_do_not_keep_the_breaker_closed(valkey: Valkey) -> None:
+    async with running(valkey.url) as (other, _), running(valkey.url) as (shared, transitions):
+        for _ in range(3):
+            with pytest.raises(SharedStateUnavailable, match="no reply within 5 ms"):
+                await shared.execute("DEBUG", "SLEEP", "0.02", within_s=0.005)
+            await other.execute("PING", within_s=SOON_S)  # by now the late reply has arrived
+
+        await transitions.reach("closed", "open", "closed")
 
 
 async def test_a_reply_that_waited_out_a_stall_of_our_own_loop_is_no_timeout(valkey: Valkey) -> None:
@@ -306,9 +316,10 @@ async def test_hanging_probes_leave_no_file_descriptors_behind(own_valkey: Valke
 
 
 async def test_aclose_ends_run_while_connected_while_waiting_and_while_connecting(own_valkey: Valkey) -> None:
+    limits = Limits(connect_within_s=0.2, first_delay_s=60.0, longest_delay_s=60.0)
     for prepare in (own_valkey.resume, own_valkey.pause, own_valkey.kill):
         prepare()
-        shared = SharedState("state", own_valkey.url, on_transition=Transitions(), jitter=lambda: 0.0, limits=QUICK)
+        shared = SharedState("state", own_valkey.url, on_transition=Transitions(), jitter=lambda: 0.0, limits=limits)
         with anyio.fail_after(SOON_S):
             async with anyio.create_task_group() as group:
                 group.start_soon(shared.run)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,10 +18,24 @@ from policies import store as store_module
 from policies.secrets import RootSecret, looks_like_key
 from policies.store import AlreadyExists, AlreadyRevoked, NotFound, Store, StoreUnreachable
 from policies.tenant import NewKey
-from tests.policies.conftest import ROOT, Clock
 from tests.policies.race import race
+from tests.record import ROOT, Clock, record
 
-Change = Callable[[Store], Awaitable[object]]
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "forebay.db"
+
+
+@pytest.fixture
+async def store(database: Path, clock: Clock) -> AsyncGenerator[Store]:
+    async with record(database, clock) as store:
+        yield store
 
 
 async def key_of_new_tenant(store: Store) -> NewKey:
@@ -344,7 +358,7 @@ async def start():
     store = Store(f"sqlite:///{sys.argv[1]}", RootSecret(b"x" * 32))
     await store.migrate()
     owner, (tenant, demo) = await store.first_owner_key(), await store.ensure_demo_tenant()
-    for number in range(10):
+    for _ in range(3):
         await store.create_key(tenant.id)
     print(owner is not None, demo is not None)
     await store.aclose()
@@ -360,8 +374,8 @@ async def test_processes_that_start_at_once_make_one_schema_one_owner_and_one_de
     assert sorted(owner for owner, _ in answers) == ["False", "False", "True"]
     assert sorted(demo for _, demo in answers) == ["False", "False", "True"]
     store = Store(f"sqlite:///{database}", ROOT)
-    assert await store.tenancy_version() == 1 + 1 + 3 * 10
-    assert len(await store.list_keys()) == 1 + 1 + 3 * 10
+    assert await store.tenancy_version() == 1 + 1 + 3 * 3
+    assert len(await store.list_keys()) == 1 + 1 + 3 * 3
     await store.aclose()
 
 

@@ -77,9 +77,8 @@ def completions(operation: Operation) -> st.SearchStrategy[Json]:
     )
 
 
-ANSWERS = st.sampled_from(["chat", "text_completion"]).flatmap(
-    lambda operation: st.tuples(st.just(operation), completions(operation))
-)
+OPERATIONS: tuple[Operation, ...] = ("chat", "text_completion")
+ANSWERS = st.sampled_from(OPERATIONS).flatmap(lambda operation: st.tuples(st.just(operation), completions(operation)))
 
 
 def encode(value: object) -> bytes:
@@ -91,13 +90,13 @@ def decode(raw: bytes) -> Json:
 
 
 @given(ANSWERS)
-def test_what_is_unfolded_and_folded_is_the_same_completion(answer: tuple[Operation, Json]):
+def test_what_is_unfolded_and_folded_is_the_same_completion(answer: tuple[Operation, Json]) -> None:
     operation, completion = answer
     assert decode(fold(unfold(encode(completion), operation, include_usage=True), operation)) == completion
 
 
 @given(ANSWERS)
-def test_without_include_usage_nothing_but_the_usage_is_missing(answer: tuple[Operation, Json]):
+def test_without_include_usage_nothing_but_the_usage_is_missing(answer: tuple[Operation, Json]) -> None:
     operation, completion = answer
     frames = unfold(encode(completion), operation, include_usage=False)
     completion.pop("usage", None)
@@ -123,7 +122,7 @@ def cut_strings(frame: Json, cut: int) -> list[Json]:
 @given(ANSWERS, st.integers(0, 5), st.randoms(use_true_random=False))
 def test_a_stream_cut_elsewhere_and_interleaved_otherwise_is_the_same_completion(
     answer: tuple[Operation, Json], cut: int, random: Any
-):
+) -> None:
     operation, completion = answer
     frames = [decode(raw) for raw in unfold(encode(completion), operation, include_usage=True)]
     pieces = [piece for frame in frames for piece in cut_strings(frame, cut)]
@@ -138,7 +137,7 @@ def test_a_stream_cut_elsewhere_and_interleaved_otherwise_is_the_same_completion
 
 
 @given(completions("chat"))
-def test_a_replay_has_the_shape_that_clients_expect(completion: Json):
+def test_a_replay_has_the_shape_that_clients_expect(completion: Json) -> None:
     events = [parse_event(raw) for raw in unfold(encode(completion), "chat", include_usage=True)]
     frames = [decode(event.raw) for event in events]
     assert all(frame["object"] == "chat.completion.chunk" for frame in frames)
@@ -163,7 +162,7 @@ def folded_message(*deltas: Json) -> Json:
     return message
 
 
-def test_tool_calls_are_put_together_by_their_index():
+def test_tool_calls_are_put_together_by_their_index() -> None:
     message = folded_message(
         {"tool_calls": [{"index": 1, "id": "b", "type": "function", "function": {"name": "g", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x"'}}]},
@@ -181,7 +180,7 @@ def test_tool_calls_are_put_together_by_their_index():
     assert [call["id"] for call in message["tool_calls"]] == ["a", "b"]
 
 
-def test_tool_calls_without_an_index_are_told_apart_by_their_id():
+def test_tool_calls_without_an_index_are_told_apart_by_their_id() -> None:
     message = folded_message(
         {"tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}]},
         {"tool_calls": [{"function": {"arguments": "}"}}]},
@@ -190,14 +189,14 @@ def test_tool_calls_without_an_index_are_told_apart_by_their_id():
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == ["{}", "{}"]
 
 
-def test_an_answer_without_a_word_still_has_a_role_and_a_content():
+def test_an_answer_without_a_word_still_has_a_role_and_a_content() -> None:
     assert folded_message({}) == {"role": "assistant", "content": None}
 
 
-def test_usage_that_grows_from_frame_to_frame_counts_as_it_was_last():
+def test_usage_that_grows_from_frame_to_frame_counts_as_it_was_last() -> None:
     frames = [encode({"choices": [], "usage": {"completion_tokens": count}}) for count in (1, 2)]
     assert decode(fold([*frames, encode({"choices": [], "usage": None})], "chat"))["usage"] == {"completion_tokens": 2}
 
 
-def test_odd_tool_calls_do_no_harm():
+def test_odd_tool_calls_do_no_harm() -> None:
     assert folded_message({"tool_calls": "x"}, {"tool_calls": "y"})["tool_calls"] == "xy"
