@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 
 import anyio
 import msgspec
@@ -52,7 +52,6 @@ class OpenAnswer:
     def __init__(
         self,
         target: Target,
-        attempt: int,
         held: Iterable[Event],
         events: AsyncGenerator[Event, None],
         slot: Slot,
@@ -61,7 +60,6 @@ class OpenAnswer:
         attempts: Attempts,
     ) -> None:
         self.target = target
-        self.attempt = attempt
         self.failed = failed
         self.started_at = started_at
         """When this attempt began, on the event loop's clock."""
@@ -78,6 +76,9 @@ class OpenAnswer:
             return self._held.popleft()
         try:
             return await self._events.__anext__()
+        except StopAsyncIteration:
+            self._attempts.note_end(self.target)
+            raise
         except BackendError as error:
             raise AnswerBroke(self._attempts.note_failure(self.target, error, self.started_at)) from error
 
@@ -110,8 +111,8 @@ class Attempts:
         """The first answer that commits. Raises `AttemptsFailed` where none does."""
         self._budget.earn()
         failed: list[FailedAttempt] = []
-        for attempt, target in enumerate(self._plan(targets)):
-            if attempt and not await self._may_retry(failed[-1], target, attempt, deadline):
+        for target in self._plan(targets, failed):
+            if not await self._back_off(target, failed, deadline):
                 break
             started_at = time.monotonic()
             call = Call(
@@ -122,12 +123,16 @@ class Attempts:
                 timeouts=target.timeouts,
             )
             try:
-                return await self._attempt(call, target, attempt, flow, tuple(failed), started_at)
+                return await self._attempt(call, target, flow, tuple(failed), started_at)
             except BackendError as error:
                 failed.append(self.note_failure(target, error, started_at))
                 if not error.retryable:
                     break
         raise AttemptsFailed(tuple(failed))
+
+    def note_end(self, target: Target) -> None:
+        """An answer of `target` came to its end."""
+        self._ejections.completed(target.backend.name)
 
     def note_failure(self, target: Target, error: BackendError, started_at: float) -> FailedAttempt:
         """Hold a failure against its backend, before the commit point or after it."""
@@ -140,18 +145,30 @@ class Attempts:
             ejected=self._ejections.failed(target.backend.name, error),
         )
 
-    def _plan(self, targets: Sequence[Target]) -> list[Target]:
-        """Each target once, ejected ones last; then from the front again as long as attempts are left."""
-        ordered = [targets[index] for index in self._ejections.order([target.backend.name for target in targets])]
-        return [ordered[attempt % len(ordered)] for attempt in range(self._max_attempts)]
+    def _plan(self, targets: Sequence[Target], failed: Sequence[FailedAttempt]) -> Iterator[Target]:
+        """Each target once, ejected ones last; then again those whose failure may pass by itself.
 
-    async def _may_retry(self, last: FailedAttempt, target: Target, attempt: int, deadline: float) -> bool:
-        again = target.backend.name == last.backend
-        if again and not isinstance(last.error, BackendUnreachable | BackendFailed):
-            return False  # it is busy, slow, or has answered nonsense: asking it again at once will not help
-        if not self._budget.spend():
-            return False
-        pause_s = RETRY_AFTER_S * 2**attempt * self._jitter() if again else 0.0
+        One that is busy, slow, or has answered nonsense is not asked again for this request: that would not help it,
+        and an overloaded engine may have said how long it wants to be left alone. Asking a model again, here or at a
+        replica, is a retry and spends the budget; falling back to another model is the route's will and free.
+        """
+        waiting = deque(targets[index] for index in self._ejections.order([target.backend.name for target in targets]))
+        while waiting and len(failed) < self._max_attempts:
+            target = waiting.popleft()
+            is_retry = any(attempt.model == target.card.name for attempt in failed)
+            if is_retry and not self._budget.spend():
+                continue
+            yield target  # `failed` has its failure when this returns
+            if isinstance(failed[-1].error, BackendUnreachable | BackendFailed):
+                waiting.append(target)
+
+    async def _back_off(self, target: Target, failed: Sequence[FailedAttempt], deadline: float) -> bool:
+        """Wait before a target is asked again, longer each time. Whether there is time for another attempt."""
+        if not failed:
+            return True
+        asked = (target.card.name, target.backend.name)
+        times = sum((attempt.model, attempt.backend) == asked for attempt in failed)
+        pause_s = RETRY_AFTER_S * 2 ** (times - 1) * self._jitter() if times else 0.0
         if time.monotonic() + pause_s >= deadline:
             return False
         await anyio.sleep(pause_s)
@@ -161,7 +178,6 @@ class Attempts:
         self,
         call: Call,
         target: Target,
-        attempt: int,
         flow: Flow,
         failed: tuple[FailedAttempt, ...],
         started_at: float,
@@ -175,8 +191,8 @@ class Attempts:
             async for event in events:
                 held.append(event)
                 if event.has_content:
-                    self._ejections.succeeded(name)
-                    return OpenAnswer(target, attempt, held, events, slot, failed, started_at, self)
+                    self._ejections.committed(name)
+                    return OpenAnswer(target, held, events, slot, failed, started_at, self)
             raise BackendProtocolError("the answer ended before it said anything")
         except BaseException as error:
             slot.release()

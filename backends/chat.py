@@ -55,6 +55,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
     """The prompt of a text completion, when it is one string."""
+    prompts: int = 1
+    """How many prompts a text completion has; each is answered `n` times."""
     stream: bool = False
     include_usage: bool = False
     n: int = 1

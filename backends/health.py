@@ -20,7 +20,8 @@ class _Record:
 class Ejections:
     """Backends that failed `threshold` times in a row are *ejected*: asked only when nobody else is left.
 
-    Only faults of the upstream count, never a client's or an operator's. An ejection lasts `base_s`, doubled each time
+    Only faults of the upstream count, never a client's. What counts as well is an answer that breaks off: the row ends
+    with an answer that came to its end, not with one that began. An ejection lasts `base_s`, doubled each time
     up to `cap_s`; when it is over, one request probes the backend while the others still prefer the rest. Since an
     ejected backend is asked last rather than never, the last one standing is never out of reach.
     """
@@ -47,10 +48,17 @@ class Ejections:
         if record is not None and record.ejections and self.now() >= record.ejected_until:
             record.probing = True
 
-    def succeeded(self, name: str) -> bool:
-        """An attempt brought an answer. Returns whether this ended an ejection."""
-        record = self._records.pop(name, None)
-        return record is not None and record.ejections > 0
+    def committed(self, name: str) -> None:
+        """An attempt began to answer, which ends an ejection."""
+        record = self._records.get(name)
+        if record is not None:
+            record.probing = False
+            record.ejections = 0
+            record.ejected_until = 0.0
+
+    def completed(self, name: str) -> None:
+        """An answer came to its end."""
+        self._records.pop(name, None)
 
     def failed(self, name: str, error: BackendError) -> bool:
         """An attempt failed. Returns whether this ejected the backend."""
@@ -58,9 +66,12 @@ class Ejections:
             self.abandoned(name)
             return False
         record = self._records.setdefault(name, _Record())
-        record.failures += 1
-        if not record.probing and record.failures < self.threshold:
-            return False
+        if not record.probing:
+            if self.now() < record.ejected_until:
+                return False  # one of many that were under way: a single outage is a single ejection
+            record.failures += 1
+            if record.failures < self.threshold:
+                return False
         record.probing = False
         record.failures = 0
         record.ejections += 1

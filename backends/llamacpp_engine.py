@@ -39,12 +39,16 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Calls answered at once."""
     context_tokens: int
     """Context window of each slot."""
+    alias: str
+    """What answers call the model; empty: the path of its weights, which is nobody's business."""
 
     def params(self) -> xllamacpp.CommonParams:
         params = xllamacpp.CommonParams()
         params.model.path = str(self.weights)
         params.hostnames = ["127.0.0.1"]
         params.port = self.port
+        if self.alias:
+            params.model_alias = {self.alias}
         params.n_parallel = self.slots
         params.n_ctx = self.slots * self.context_tokens
         params.cpuparams.n_threads = self.threads
@@ -97,6 +101,7 @@ def _arguments(argv: Sequence[str]) -> Engine:
     parser.add_argument("--threads", type=int, default=1, help="threads that compute")
     parser.add_argument("--slots", type=int, default=2, help="calls answered at once")
     parser.add_argument("--context-tokens", type=int, default=2048, help="context window of each slot")
+    parser.add_argument("--alias", default="", help="what answers call the model")
     return Engine(**vars(parser.parse_args(argv)))
 
 

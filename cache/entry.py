@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import msgspec
 
 from backends.chat import Event, Operation, Usage, parse_event
@@ -24,18 +26,27 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Unix time, seconds."""
 
 
+_CRC_BYTES = 4
 _entries = msgspec.msgpack.Decoder(Entry)
 _encode = msgspec.msgpack.Encoder().encode
 
 
 def dump_entry(entry: Entry) -> bytes:
-    return _encode(entry)
+    """The entry as it is kept: a CRC-32 of 4 bytes, then MessagePack."""
+    packed = _encode(entry)
+    return zlib.crc32(packed).to_bytes(_CRC_BYTES, "big") + packed
 
 
 def load_entry(stored: bytes) -> Entry | None:
-    """The entry, or None for bytes that are not one of this version: to a reader both are a miss."""
+    """The entry, or None for bytes that are not one of this version, whole and unchanged: to a reader both are a miss.
+
+    A completion that was damaged would decode, so the checksum is what keeps it from being served.
+    """
+    packed = stored[_CRC_BYTES:]
+    if stored[:_CRC_BYTES] != zlib.crc32(packed).to_bytes(_CRC_BYTES, "big"):
+        return None
     try:
-        entry = _entries.decode(stored)
+        entry = _entries.decode(packed)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return entry if entry.version == ENTRY_VERSION else None

@@ -96,7 +96,7 @@ class _Pending(Generic[T]):
 
 
 class MemoryExactCache:
-    """Entries in this process: for one worker without a Redis, and for tests. Bounded by bytes; the oldest use leaves."""
+    """Entries of this process: for a worker without a Redis, and for tests. Bounded by bytes; the oldest use leaves."""
 
     def __init__(self, *, now: Callable[[], float], max_bytes: int = 64 * 1024 * 1024) -> None:
         self._now = now

@@ -14,6 +14,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
+import anyio
+
 from backends.chat import Event
 
 H = TypeVar("H")
@@ -24,7 +26,7 @@ MAX_SHARED_BYTES = 8 * 1024 * 1024
 
 
 class Task(Protocol):
-    def cancel(self) -> object: ...
+    def add_done_callback(self, done: Callable[[Any], object], /) -> object: ...
 
 
 Spawn = Callable[[Coroutine[Any, Any, None]], Task]
@@ -47,7 +49,8 @@ class Flight(Generic[H]):
         self._done = False
         self._followers: set[Follower[H]] = set()
         self._producer: asyncio.Future[None] | None = None
-        self.task: Task | None = None
+        self.scope = anyio.CancelScope()
+        """What the flight runs in. Not its task's `cancel`, which would break into the shielded ends of a call."""
         self.on_landed: Callable[[], None] = _nothing
 
     @property
@@ -107,8 +110,7 @@ class Flight(Generic[H]):
         self._advanced()
         if not self._followers and not self._done:
             self.land(FlightAbandoned())
-            if self.task is not None:
-                self.task.cancel()
+            self.scope.cancel()
 
 
 class Follower(Generic[H]):
@@ -186,14 +188,19 @@ class Flights(Generic[H]):
         if key is not None and key not in self._by_key:
             self._by_key[key] = flight
             flight.on_landed = lambda: self._forget(key, flight)
-        flight.task = self._spawn(self._run(flight, fly))
+        task = self._spawn(self._run(flight, fly))
+        # A task that is cancelled before its first step never gets to run the `finally` below.
+        task.add_done_callback(lambda _: flight.land(FlightAbandoned()))
         return follower
 
     async def _run(self, flight: Flight[H], fly: Callable[[Flight[H]], Awaitable[None]]) -> None:
+        if flight._done:
+            return  # everybody left before it began
         error: Exception | None = FlightAbandoned()
         try:
-            await fly(flight)
-            error = None
+            with flight.scope:
+                await fly(flight)
+                error = None
         except Exception as raised:  # noqa: BLE001 - whatever it is, it is the followers' to render
             error = raised
         finally:

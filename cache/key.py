@@ -33,6 +33,7 @@ EXCLUDED = frozenset(
     }
 )
 
+
 class UnreadableField(Exception):
     """A field holds JSON that no value of ours can stand for, such as a number beyond a float. `field` names it."""
 
@@ -61,7 +62,8 @@ class AnswerScope(msgspec.Struct, frozen=True, kw_only=True):
 def canonical_request(request: ChatRequest) -> bytes:
     """The canonical form of a request: equal bytes if and only if the answer-relevant fields are equal.
 
-    Strings are compared after Unicode NFC, a null field is an absent one, and 1.0 is 1 at the top level.
+    Strings are compared after Unicode NFC, names of fields as they are (two of them may differ in nothing else); a null
+    field is an absent one, and 1.0 is 1 at the top level.
     Raises `UnreadableField`.
     """
     fields: dict[str, Any] = {}
@@ -102,5 +104,5 @@ def _nfc(value: Any) -> Any:
     if isinstance(value, list):
         return [_nfc(item) for item in value]
     if isinstance(value, dict):
-        return {unicodedata.normalize("NFC", key): _nfc(item) for key, item in value.items()}
+        return {key: _nfc(item) for key, item in value.items()}
     return value

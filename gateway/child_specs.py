@@ -72,10 +72,18 @@ def llamacpp_child(
     threads: int = 1,
     slots: int = 2,
     context_tokens: int = 2048,
+    alias: str = "",
     log_path: Path | None = None,
 ) -> ChildSpec:
     """A llama.cpp server at `http://127.0.0.1:<port>/v1`. Nobody waits for it: it answers 503 while it loads."""
-    options = {"weights": weights, "port": port, "threads": threads, "slots": slots, "context-tokens": context_tokens}
+    options = {
+        "weights": weights,
+        "port": port,
+        "threads": threads,
+        "slots": slots,
+        "context-tokens": context_tokens,
+        "alias": alias,
+    }
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     return ChildSpec(
         name=name,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import uvloop
 from cyclopts import App, Parameter
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ from gateway.explain import Explanation, explain_request
 from gateway.openai.translate import read_chat
 from gateway.processes import AlreadyRunning, CannotListen
 from gateway.serve import Announcement, serve
-from gateway.settings import SECRET_FIELDS, ResolvedSettings, SettingError, resolve_settings
+from gateway.settings import SECRET_FIELDS, SUPERVISOR_FIELDS, ResolvedSettings, SettingError, resolve_settings
 from gateway.snapshot import UnknownModel
 from gateway.worker import run_worker
 from policies.load import load_policy
@@ -45,6 +46,7 @@ DEMO_POLICY = Path(__file__).parent.parent / "policies" / "demo.yaml"
 
 app = App(
     name="forebay",
+    help_format="plaintext",
     version=lambda: version("forebay"),
     help="""An LLM gateway: small or large model as the policy decides, exact answers from the cache.
 
@@ -177,15 +179,16 @@ def config(
     shown = {
         name: "(set, not shown)" if name in SECRET_FIELDS and value else value
         for name, value in msgspec.structs.asdict(resolved.settings).items()
+        if name not in SUPERVISOR_FIELDS
     }
     if json:
         rows = {name: {"value": value, "origin": resolved.origins[name]} for name, value in shown.items()}
         print(msgspec.json.format(msgspec.json.encode(rows)).decode())
         return 0
-    table = Table("setting", "value", "from")
+    table = Table("setting", "value", "from", box=SIMPLE, pad_edge=False)
     for name, value in shown.items():
         table.add_row(name, str(value), resolved.origins[name])
-    _console().print(table)
+    _print_table(table)
     for variable in resolved.unknown:
         _console().print(f"[yellow]note[/] {variable} names no setting (a policy may use it)", highlight=False)
     return 0
@@ -255,7 +258,9 @@ def list_keys(
     if json:
         print(msgspec.json.format(msgspec.json.encode(records)).decode())
         return 0
-    table = Table("id", "key", "role", "tenant", "name", "models", "state")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("id", "key", "role", "tenant", "name", "models", "state"):
+        table.add_column(column, no_wrap=column in ("id", "key"))
     now = datetime.now(UTC).timestamp()
     for record in records:
         state = (
@@ -269,7 +274,7 @@ def list_keys(
         )
         models = "all" if record.allowed_models is None else ", ".join(sorted(record.allowed_models))
         table.add_row(record.id, f"{record.prefix}…", record.role, record.tenant_name or "", record.name, models, state)
-    _console().print(table)
+    _print_table(table)
     return 0
 
 
@@ -393,16 +398,21 @@ def _print_explanation(explanation: Explanation) -> None:
             if value:
                 console.print(f"           {name} {value:g}", highlight=False)
     console.print(f"decision   [bold]{explanation.candidates[0].model}[/] ({explanation.reason})", highlight=False)
-    table = Table("candidate", "backends", "reserves tokens", "reserves USD")
+    table = Table("candidate", "backends", "reserves tokens", "reserves USD", box=SIMPLE, pad_edge=False)
     for candidate in explanation.candidates:
         table.add_row(
             candidate.model, ", ".join(candidate.backends), str(candidate.reserved_tokens), candidate.reserved_usd
         )
-    console.print(table)
+    _print_table(table)
     for rejection in explanation.rejected:
         console.print(f"not        {rejection.model}: {rejection.reason}", highlight=False)
     console.print(f"cache      {explanation.cache}", highlight=False)
     console.print(f"prompt     about {explanation.prompt_tokens} tokens", highlight=False)
+
+
+def _print_table(table: Table) -> None:
+    """As wide as its content: an id that is cut off cannot be pasted."""
+    Console(width=1000).print(table)
 
 
 def _day(unix_s: int) -> str:
@@ -415,7 +425,7 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _console() -> Console:
-    return Console()
+    return Console(soft_wrap=True)
 
 
 def _errors() -> Console:

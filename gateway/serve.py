@@ -150,6 +150,7 @@ class _Tree:
                         threads=backend.threads,
                         slots=backend.slots,
                         context_tokens=backend.context_tokens,
+                        alias=next((m for m, spec in self._policy.file.models.items() if name in spec.backends), name),
                         log_path=self._logs / f"engine-{name}.log",
                     )
                 )

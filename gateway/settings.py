@@ -74,6 +74,9 @@ class ResolvedSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 SECRET_FIELDS = frozenset({"root_secret"})
 
+SUPERVISOR_FIELDS = frozenset({"engines", "metrics_dir", "runtime_dir"})
+"""What the supervisor tells its workers; nobody else sets them."""
+
 
 def resolve_settings(options: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> ResolvedSettings:
     """Settings from command-line `options` (None: not given) over the environment over defaults.
@@ -105,6 +108,6 @@ def _check(name: str, value: Any, origin: str) -> None:
     try:
         msgspec.convert({name: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        reason = str(error).partition(" - at `$")[0]
-        given = "" if name in SECRET_FIELDS else f", not {str(value)!r}"
+        reason = str(error).partition(" - at `$")[0].partition(", got ")[0]
+        given = "" if name in SECRET_FIELDS else f", got {str(value)!r}"
         raise SettingError(f"{origin}: {reason[:1].lower()}{reason[1:]}{given}") from None

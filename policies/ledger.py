@@ -29,6 +29,9 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
 
 NOTHING = Amounts()
 
+_Place = tuple[str, str, int]
+"""Which reservation: tenant, request, attempt."""
+
 MAX_EXPIRED = 10_000
 """Expired reservations that a late settle can still find."""
 
@@ -67,7 +70,10 @@ class Ledger(Protocol):
         """Prolong the lease by `lease_s` from now, at the same amounts. One that has expired is claimed again."""
 
     async def top_up(self, tenant: Tenant, reservation: Reservation, more: Amounts) -> Reservation:
-        """Claim `more` on top, or raise `QuotaExceeded` and leave the reservation as it was."""
+        """Claim `more` on top and renew, or raise `QuotaExceeded` and leave the reservation as it was.
+
+        One that has expired is claimed again as a whole, if there is room for the whole.
+        """
 
     async def settle(self, reservation: Reservation, actual: Amounts) -> None:
         """End the reservation and count `actual` in its stead. Idempotent by request id and attempt.
@@ -92,8 +98,9 @@ class MemoryLedger:
         self.lease_s = lease_s
         self._now = now
         self._limit_for = limit_for
-        self._live: dict[tuple[str, int], Reservation] = {}
-        self._expired: dict[tuple[str, int], Reservation] = {}
+        self._live: dict[_Place, Reservation] = {}
+        """In the order in which they expire: whoever begins a lease, or begins it anew, goes to the end."""
+        self._expired: dict[_Place, Reservation] = {}
         self._counters: dict[str, Amounts] = {}
         self._settled: dict[str, Amounts] = {}
 
@@ -109,32 +116,24 @@ class MemoryLedger:
 
     async def reserve(self, tenant: Tenant, request_id: str, estimate: Amounts, *, attempt: int = 0) -> Reservation:
         self._expire()
-        held = self._live.get((request_id, attempt))
+        place = (tenant.id, request_id, attempt)
+        held = self._live.get(place)
         if held is not None:
             return held
         self._check(tenant, estimate)
-        reservation = Reservation(
-            request_id=request_id,
-            attempt=attempt,
-            tenant_id=tenant.id,
-            amounts=estimate,
-            expires_at=self._now() + self.lease_s,
-        )
-        return self._hold(reservation)
+        self._expired.pop(place, None)
+        return self._hold(place, estimate)
 
     async def renew(self, reservation: Reservation) -> Reservation:
         held = self._take(reservation)
-        if held is None:
-            return reservation
-        return self._hold(msgspec.structs.replace(held, expires_at=self._now() + self.lease_s))
+        return reservation if held is None else self._hold(_place(held), held.amounts)
 
     async def top_up(self, tenant: Tenant, reservation: Reservation, more: Amounts) -> Reservation:
         self._expire()
-        self._check(tenant, more)
+        lapsed = self._expired.get(_place(reservation))
+        self._check(tenant, more if lapsed is None else lapsed.amounts + more)
         held = self._take(reservation)
-        if held is None:
-            return reservation
-        return self._hold(msgspec.structs.replace(held, amounts=held.amounts + more))
+        return reservation if held is None else self._hold(_place(held), held.amounts + more)
 
     async def settle(self, reservation: Reservation, actual: Amounts) -> None:
         if self._take(reservation) is not None:
@@ -155,14 +154,22 @@ class MemoryLedger:
             dollars = f"${limit.cost_nano_usd / 1e9:.2f}"
             raise QuotaExceeded(f"the budget of {dollars} is spent", limit="budget", retry_after_s=None)
 
-    def _hold(self, reservation: Reservation) -> Reservation:
-        self._live[reservation.request_id, reservation.attempt] = reservation
-        self._add(reservation.tenant_id, reservation.amounts)
-        return reservation
+    def _hold(self, place: _Place, amounts: Amounts) -> Reservation:
+        """Claim `amounts` for a lease that begins now."""
+        tenant_id, request_id, attempt = place
+        held = self._live[place] = Reservation(
+            request_id=request_id,
+            attempt=attempt,
+            tenant_id=tenant_id,
+            amounts=amounts,
+            expires_at=self._now() + self.lease_s,
+        )
+        self._add(tenant_id, amounts)
+        return held
 
     def _take(self, reservation: Reservation) -> Reservation | None:
         """Remove the reservation, live or expired, and its claim. None where it has ended already."""
-        place = (reservation.request_id, reservation.attempt)
+        place = _place(reservation)
         held = self._live.pop(place, None)
         if held is None:
             return self._expired.pop(place, None)
@@ -171,11 +178,15 @@ class MemoryLedger:
 
     def _expire(self) -> None:
         now = self._now()
-        for place, held in [item for item in self._live.items() if item[1].expires_at <= now]:
-            self._take(held)
-            self._expired[place] = held
+        while self._live and (first := next(iter(self._live.values()))).expires_at <= now:
+            self._take(first)
+            self._expired[_place(first)] = first
         while len(self._expired) > MAX_EXPIRED:
             del self._expired[next(iter(self._expired))]
 
     def _add(self, tenant_id: str, amounts: Amounts) -> None:
         self._counters[tenant_id] = self.counter(tenant_id) + amounts
+
+
+def _place(reservation: Reservation) -> _Place:
+    return reservation.tenant_id, reservation.request_id, reservation.attempt

@@ -130,8 +130,6 @@ class _Check:
                 self._mistake(here, f"is longer than total ({timeouts.total:g}s)", "raise total or lower it")
 
     def _unused_backends(self) -> None:
-        if not all(self._models.values()):
-            return
         used = {name for _, model in self._sound(self._models) for name in model.backends}
         for name in self._backends:
             if name not in used:

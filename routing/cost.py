@@ -28,10 +28,10 @@ class FixedOutputLength:
 def estimate(
     card: ModelCard, request: ChatRequest, *, tenant_id: str, prompt_tokens: int, lengths: OutputLengths
 ) -> Amounts:
-    """Prompt tokens plus the expected completion, bounded by what the client and the model allow, times `n`."""
+    """Prompt tokens plus the expected completions, each bounded by what the client and the model allow."""
     completion = lengths.p95_tokens(tenant_id, card.name)
     for bound in (request.max_tokens, card.max_output_tokens, card.context_window_tokens - prompt_tokens):
         if bound is not None:
             completion = min(completion, max(bound, 1))
-    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion * request.n)
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion * request.n * request.prompts)
     return Amounts(tokens=usage.total_tokens, cost_nano_usd=card.price.cost_nano_usd(usage))

@@ -40,10 +40,11 @@ _REASONING = re.compile(
     r"|implications?|step by step|rigorous(?:ly)?|theorem|hypothesis)\b",
     re.IGNORECASE,
 )
-_STEPS = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+", re.MULTILINE)
+_STEPS = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+", re.MULTILINE)
 
 _READ_CHARACTERS = 8_000
-"""Patterns look at the head and tail of a text, so that a very long prompt costs no more than a long one."""
+"""Patterns look at the head and tail of a text, so that a very long prompt costs no more than a long one. Each takes
+time linear in what it reads: `^\\s*` would not, since it begins anew at every line of a run of empty lines."""
 
 
 class HeuristicScorer:

@@ -26,18 +26,17 @@ class _Common(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
     seed: int | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     stop: str | list[str] | None = None
-    user: str | None = None
 
 
 class ChatCompletionRequest(_Common, frozen=True, kw_only=True):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Annotated[tuple[Message, ...], msgspec.Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     tools: list[msgspec.Raw] | None = None
     functions: list[msgspec.Raw] | None = None
     response_format: ResponseFormat | None = None
@@ -69,7 +68,7 @@ def read_chat(body: bytes) -> ChatRequest:
         include_usage=bool(wire.stream_options and wire.stream_options.include_usage),
         n=wire.n or 1,
         seed=wire.seed,
-        max_tokens=wire.max_completion_tokens or wire.max_tokens,
+        max_tokens=wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens,
         temperature=wire.temperature,
         wants_tools=bool(wire.tools or wire.functions),
         wants_json_schema=wire.response_format is not None and wire.response_format.type == "json_schema",
@@ -92,9 +91,10 @@ def read_completion(body: bytes) -> ChatRequest:
         model=wire.model,
         fields=fields,
         prompt=wire.prompt if isinstance(wire.prompt, str) else None,
+        prompts=_prompts(wire.prompt),
         stream=bool(wire.stream),
         include_usage=bool(wire.stream_options and wire.stream_options.include_usage),
-        n=(wire.n or 1) * _prompts(wire.prompt),
+        n=wire.n or 1,
         seed=wire.seed,
         max_tokens=wire.max_tokens,
         temperature=wire.temperature,
@@ -104,7 +104,7 @@ def read_completion(body: bytes) -> ChatRequest:
 
 
 def _prompts(prompt: str | list[Any]) -> int:
-    """How many answers one choice each makes: a list of texts or of token lists asks for that many."""
+    """A list of texts, or of lists of tokens, is as many prompts; one list of tokens is one."""
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
@@ -114,7 +114,7 @@ def _read(body: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[dict[str, ms
         return _fields.decode(body), decoder.decode(body)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$")
-        param = path.rstrip("`").lstrip(".") or _missing_field(reason)
+        param = ".".join(filter(None, [path.rstrip("`").lstrip("."), _missing_field(reason)])) or None
         where = f"'{param}': " if param else ""
         raise RequestError(f"{where}{reason[:1].lower()}{reason[1:]}", param=param, code="invalid_value") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

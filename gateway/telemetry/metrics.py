@@ -7,11 +7,31 @@ there, and a scrape of any worker adds all of them up, those of workers that hav
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _OVERHEAD_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+class Labelled(Generic[M]):
+    """A metric with labels whose children are looked up in one step: prometheus_client's own look-up takes a lock."""
+
+    __slots__ = ("_children", "_metric")
+
+    def __init__(self, metric: M) -> None:
+        self._metric: M = metric
+        self._children: dict[tuple[str, ...], M] = {}
+
+    def labels(self, *values: str) -> M:
+        child = self._children.get(values)
+        if child is None:
+            child = self._children[values] = self._metric.labels(*values)
+        return child
 
 
 class Metrics:
@@ -20,90 +40,118 @@ class Metrics:
     def __init__(self, shared_dir: str) -> None:
         self._shared_dir = shared_dir
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "forebay_requests",
-            "Requests to the inference routes, by how they ended.",
-            ["path", "status", "cache"],
-            registry=registry,
+        self.requests = Labelled(
+            Counter(
+                "forebay_requests",
+                "Requests to the inference routes, by how they ended.",
+                ["path", "status", "cache"],
+                registry=registry,
+            )
         )
-        self.duration = Histogram(
-            "forebay_request_duration_seconds",
-            "From a request's head to the last byte of its answer.",
-            ["path", "cache"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.duration = Labelled(
+            Histogram(
+                "forebay_request_duration_seconds",
+                "From a request's head to the last byte of its answer.",
+                ["path", "cache"],
+                buckets=_SECONDS,
+                registry=registry,
+            )
         )
-        self.overhead = Histogram(
-            "forebay_overhead_seconds",
-            "Forebay's own share of the time to the beginning of an answer.",
-            ["cache"],
-            buckets=_OVERHEAD_SECONDS,
-            registry=registry,
+        self.overhead = Labelled(
+            Histogram(
+                "forebay_overhead_seconds",
+                "Forebay's own share of the time to the beginning of an answer.",
+                ["cache"],
+                buckets=_OVERHEAD_SECONDS,
+                registry=registry,
+            )
         )
-        self.first_token = Histogram(
-            "forebay_time_to_first_token_seconds",
-            "From asking a backend to its first content token (to the whole answer where it does not stream).",
-            ["model", "backend"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.first_token = Labelled(
+            Histogram(
+                "forebay_time_to_first_token_seconds",
+                "From asking a backend to its first content token (to the whole answer where it does not stream).",
+                ["model", "backend"],
+                buckets=_SECONDS,
+                registry=registry,
+            )
         )
-        self.clients_gone = Counter(
-            "forebay_clients_gone", "Requests whose client hung up before the end.", ["path"], registry=registry
+        self.clients_gone = Labelled(
+            Counter(
+                "forebay_clients_gone", "Requests whose client hung up before the end.", ["path"], registry=registry
+            )
         )
-        self.tokens = Counter(
-            "forebay_tokens",
-            "Tokens used upstream. cached is part of prompt, reasoning part of completion.",
-            ["model", "kind"],
-            registry=registry,
+        self.tokens = Labelled(
+            Counter(
+                "forebay_tokens",
+                "Tokens used upstream. cached is part of prompt, reasoning part of completion.",
+                ["model", "kind"],
+                registry=registry,
+            )
         )
-        self.estimated = Counter(
-            "forebay_usage_estimated", "Answers whose usage had to be estimated.", ["model"], registry=registry
+        self.estimated = Labelled(
+            Counter("forebay_usage_estimated", "Answers whose usage had to be estimated.", ["model"], registry=registry)
         )
-        self.cost = Counter("forebay_cost_usd", "Cost of upstream calls.", ["model"], registry=registry)
-        self.saved = Counter("forebay_saved_usd", "Cost avoided by cached answers.", ["model"], registry=registry)
-        self.decisions = Counter(
-            "forebay_routing_decisions", "Routing decisions.", ["route", "model", "reason"], registry=registry
+        self.cost = Labelled(Counter("forebay_cost_usd", "Cost of upstream calls.", ["model"], registry=registry))
+        self.saved = Labelled(
+            Counter("forebay_saved_usd", "Cost avoided by cached answers.", ["model"], registry=registry)
         )
-        self.flights = Counter(
-            "forebay_flights", "Upstream calls, shared or not, by how they ended.", ["outcome"], registry=registry
+        self.decisions = Labelled(
+            Counter("forebay_routing_decisions", "Routing decisions.", ["route", "model", "reason"], registry=registry)
         )
-        self.attempts_failed = Counter(
-            "forebay_attempts_failed", "Attempts at a backend that failed.", ["backend", "cause"], registry=registry
+        self.flights = Labelled(
+            Counter(
+                "forebay_flights", "Upstream calls, shared or not, by how they ended.", ["outcome"], registry=registry
+            )
         )
-        self.ejections = Counter("forebay_ejections", "Backends ejected.", ["backend"], registry=registry)
-        self.stores = Counter(
-            "forebay_cache_stores", "Answers kept (stored) or not kept, by reason.", ["outcome"], registry=registry
+        self.attempts_failed = Labelled(
+            Counter(
+                "forebay_attempts_failed", "Attempts at a backend that failed.", ["backend", "cause"], registry=registry
+            )
+        )
+        self.ejections = Labelled(Counter("forebay_ejections", "Backends ejected.", ["backend"], registry=registry))
+        self.stores = Labelled(
+            Counter(
+                "forebay_cache_stores", "Answers kept (stored) or not kept, by reason.", ["outcome"], registry=registry
+            )
         )
         self.settle_failures = Counter(
             "forebay_settle_failures", "Reservations that could not be settled in time.", registry=registry
         )
-        self.redis_up = Gauge(
-            "forebay_redis_up",
-            "Workers that reach this Redis.",
-            ["redis"],
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.redis_up = Labelled(
+            Gauge(
+                "forebay_redis_up",
+                "Workers that reach this Redis.",
+                ["redis"],
+                multiprocess_mode="livesum",
+                registry=registry,
+            )
         )
-        self.policy_reloads = Counter("forebay_policy_reloads", "Policy reloads.", ["result"], registry=registry)
+        self.policy_reloads = Labelled(
+            Counter("forebay_policy_reloads", "Policy reloads.", ["result"], registry=registry)
+        )
         self.policy_ok = Gauge(
             "forebay_policy_last_reload_ok",
             "1 where the last reload was accepted in every worker, else 0.",
             multiprocess_mode="livemin",
             registry=registry,
         )
-        self.policy_info = Gauge(
-            "forebay_policy_info",
-            "Workers that serve this policy.",
-            ["name", "version"],
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.policy_info = Labelled(
+            Gauge(
+                "forebay_policy_info",
+                "Workers that serve this policy.",
+                ["name", "version"],
+                multiprocess_mode="livesum",
+                registry=registry,
+            )
         )
-        self.build_info = Gauge(
-            "forebay_build_info",
-            "Workers of this version.",
-            ["version"],
-            multiprocess_mode="livesum",
-            registry=registry,
+        self.build_info = Labelled(
+            Gauge(
+                "forebay_build_info",
+                "Workers of this version.",
+                ["version"],
+                multiprocess_mode="livesum",
+                registry=registry,
+            )
         )
 
     def exposition(self) -> bytes:

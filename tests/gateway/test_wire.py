@@ -203,7 +203,9 @@ async def test_every_field_reaches_the_engine_as_it_was_sent(
     arrived = engine.requests[-1].json
     assert {name: arrived[name] for name in CARRIED} == CARRIED
     assert arrived["messages"] == [{"role": "user", "content": "all fields"}]
-    assert set(arrived) - set(CARRIED) - {"messages", "stream"} == ({"model", "stream_options"} if stream else {"model"})
+    assert set(arrived) - set(CARRIED) - {"messages", "stream"} == (
+        {"model", "stream_options"} if stream else {"model"}
+    )
 
 
 async def test_the_engine_is_asked_for_the_model_of_the_card_and_its_own_name_is_what_the_answer_says(
@@ -296,7 +298,9 @@ async def test_a_list_of_prompts_gives_a_choice_for_each(world: World) -> None:
 
 async def test_a_route_answers_with_the_model_that_the_request_is_hard_enough_for(world: World) -> None:
     easy = await world.ask("Hi there", model="auto")
-    hard = await world.ask("Prove that the algorithm terminates, step by step. " * 60 + "```def f(): ...```", model="auto")
+    hard = await world.ask(
+        "Prove that the algorithm terminates, step by step. " * 60 + "```def f(): ...```", model="auto"
+    )
     named = await world.ask("Hi there", model="large")
 
     assert (easy.json()["model"], easy.headers["x-forebay-route"]) == ("small", "auto")

@@ -439,6 +439,20 @@ def test_a_suggestion_is_the_fewest_edits_away_or_none(word: str, near: str | No
     assert nearest(word, ["small", "large", "threshold"]) == near
 
 
+def test_of_names_equally_near_the_first_is_suggested() -> None:
+    assert nearest("ab", ["aa", "bb"]) == "aa"
+
+
+def test_a_total_below_the_default_of_a_phase_cuts_it_short_and_is_no_mistake(tmp_path: Path) -> None:
+    text = GOOD.replace("    token_delay: 5ms", "    timeouts: {total: 5s}")
+    assert text != GOOD
+
+    backend = load_policy(write(tmp_path, text), ENV).file.backends["played"]
+
+    assert backend.timeouts is not None
+    assert (backend.timeouts.first_token, backend.timeouts.total) == (30.0, 5.0)
+
+
 def test_loading_reads_no_environment_but_the_one_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "API_KEYS", "ambient")
     text, _ = edited("${API_KEY}", "»${API_KEYS}")

@@ -115,7 +115,7 @@ def policy_files(draw: st.DrawFn) -> PolicyFile:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(policy_files())
 def test_what_is_written_down_is_read_back(file: PolicyFile) -> None:
     policy = parse_policy(dump(file).encode(), Path("policy.yaml"), {})
@@ -143,7 +143,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(
     st.integers(0, len(GOOD) - 1), st.characters() | st.sampled_from("\n\t\r :{}[]&*!|>'\"%@`#-?,$~<.0") | st.just("")
 )
@@ -170,7 +170,7 @@ def test_any_bytes_are_a_policy_or_a_mistake(content: bytes) -> None:
         parse_policy(content, Path("policy.yaml"), {})
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(
     st.sampled_from(["2048", "0.5", "5m", "true", "none", "[1e3]", "0.0375", "small-1", "2", "threshold", "scripted"]),
     st.sampled_from(

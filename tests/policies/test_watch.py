@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.from_thread
 import pytest
 
 from policies.mistakes import PolicyError
@@ -42,14 +43,14 @@ class Steps:
 class World:
     """A watch on one policy file, and all that it told."""
 
-    def __init__(self, path: Path, compiled: Callable[[Policy], str]) -> None:
+    def __init__(self, path: Path, compiled: Callable[[Policy], str], env: Mapping[str, str] = ENV) -> None:
         self.path = path
         self.time = Steps()
         self.reloads: list[Reload] = []
         self.retired: list[str] = []
         self.watch = PolicyWatch(
             path,
-            ENV,
+            env,
             compiled,
             now=lambda: 1000.0 + len(self.reloads),
             on_reload=self.reloads.append,
@@ -185,7 +186,12 @@ async def test_a_file_saved_as_it_was_is_no_reload(world: World) -> None:
 
 async def test_a_comment_is_a_reload_that_compiles_nothing(tmp_path: Path) -> None:
     compiled: list[str] = []
-    world = World(write(tmp_path, GOOD), lambda policy: compiled.append(policy.version) or policy.version)
+
+    def noted(policy: Policy) -> str:
+        compiled.append(policy.version)
+        return policy.version
+
+    world = World(write(tmp_path, GOOD), noted)
     async with world.running():
         in_place(world.path, "# why\n" + GOOD)
         await world.time.pass_by(2)
@@ -246,11 +252,26 @@ async def test_reload_on_demand_tries_again_what_failed_for_something_beside_the
     assert (await world.watch.reload()).result == "loaded"
 
 
-async def test_a_change_that_a_cancelled_caller_asked_for_is_still_seen(world: World) -> None:
+class Env(dict[str, str]):
+    """An environment that tells when a policy in the middle of being loaded looks something up."""
+
+    on_lookup: Callable[[], None] | None = None
+
+    def __contains__(self, name: object) -> bool:
+        if (told := self.on_lookup) is not None:
+            self.on_lookup = None
+            told()
+        return super().__contains__(name)
+
+
+async def test_a_change_that_a_cancelled_caller_asked_for_is_still_seen(tmp_path: Path) -> None:
+    env = Env(ENV)
+    world = World(write(tmp_path, GOOD), name_of, env)
     in_place(world.path, text("0.2"))
     with anyio.CancelScope() as scope:
-        scope.cancel()
+        env.on_lookup = lambda: anyio.from_thread.run_sync(scope.cancel)
         await world.watch.reload()
+    assert scope.cancelled_caught
     assert world.reloads == []
 
     async with world.running():
@@ -259,14 +280,29 @@ async def test_a_change_that_a_cancelled_caller_asked_for_is_still_seen(world: W
     assert world.budget == 0.2
 
 
-async def test_reloads_at_once_end_with_the_newest_file_in_force(world: World) -> None:
-    async with anyio.create_task_group() as tasks:
-        for budget in ("0.2", "0.3", "0.4"):
-            in_place(world.path, text(budget))
-            tasks.start_soon(world.watch.reload)
+async def test_a_slow_reload_does_not_undo_a_newer_one(tmp_path: Path) -> None:
+    env = Env(ENV)
+    world = World(write(tmp_path, GOOD), name_of, env)
+    slow, newer_done = anyio.Event(), threading.Event()
 
-    assert world.budget == 0.4
-    assert len(world.reloads) == 3
+    def be_overtaken() -> None:
+        anyio.from_thread.run_sync(slow.set)
+        newer_done.wait(timeout=0.2)  # it must not come to pass
+
+    async def reload_newer() -> None:
+        await slow.wait()
+        in_place(world.path, text("0.3"))
+        await world.watch.reload()
+        newer_done.set()
+
+    in_place(world.path, text("0.2"))
+    env.on_lookup = be_overtaken
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(world.watch.reload)
+        tasks.start_soon(reload_newer)
+
+    assert world.budget == 0.3
+    assert world.results == ["loaded", "loaded"]
 
 
 async def test_readers_on_every_thread_see_one_policy_and_what_was_made_of_it(world: World) -> None:
