@@ -29,7 +29,7 @@ _MAX_ERROR_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 4.0
 """Below the 5 s after which uvicorn (vLLM) and llama.cpp close an idle connection, so that we never send into one."""
 _ERROR_BODY_S = 2.0
-_TRAILER_S = 2.0
+_TRAILER_S = 1.0
 """How long an answer whose choices have all finished is waited on for its usage frame and `[DONE]`."""
 _LINGER_S = 0.05
 """How long the end of the HTTP body is waited on after `[DONE]`, to give the connection back instead of closing it."""

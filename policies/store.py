@@ -244,7 +244,10 @@ class Store:
             return await self._add_key(connection, role="owner", name="first owner")
 
     async def ensure_demo_tenant(self) -> tuple[TenantRecord, NewKey | None]:
-        """The demonstration tenant, and its key if this call made them: once per record, whoever asks."""
+        """The demonstration tenant, and its key if this call made them: once per record, whoever asks.
+
+        Raises `AlreadyExists` where an operator's organisation has the name `demo`.
+        """
         async with self._change() as connection:
             found = await _find(connection, _tenants, DEMO_TENANT_ID)
             if found is not None:

@@ -103,11 +103,13 @@ async def test_without_a_key_no_authorization_is_sent(backend: OpenAIBackend, up
     assert "authorization" not in upstream.requests[-1].headers
 
 
-async def test_cookies_are_not_kept(backend: OpenAIBackend, upstream: Upstream) -> None:
+async def test_cookies_are_not_kept(upstream: Upstream) -> None:
+    backend = OpenAIBackend("a", upstream.url.replace("127.0.0.1", "localhost"))
     upstream.plays(*answers(completion("x"), Set_Cookie="a=b"))
     await collect(backend, make_call())
     await collect(backend, make_call())
     assert "cookie" not in upstream.requests[-1].headers
+    await backend.aclose()
 
 
 async def test_a_large_request_arrives_whole(backend: OpenAIBackend, upstream: Upstream) -> None:
@@ -165,6 +167,38 @@ async def test_a_stream_that_ends_before_all_that_began_finished_is_broken(
     upstream.plays(*sse(chunk("a", 0), chunk("b", 1), finish(0), usage(1, 1)))
     with pytest.raises(BackendProtocolError, match="broke off"):
         await collect(backend, make_call(stream=True, n=2))
+
+
+async def test_an_engine_that_ends_neither_stream_nor_connection_is_left_within_seconds(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
+    upstream.plays(*sse(*ANSWER, done=False), Hang())
+    started = asyncio.get_running_loop().time()
+    await collect(backend, make_call(stream=True, timeouts=Timeouts(idle_s=4)))
+    assert asyncio.get_running_loop().time() - started < 2
+    await upstream.until_hung_up()
+
+
+async def test_a_choice_that_has_not_begun_is_waited_for_and_missed(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(*sse(chunk("a", 0), finish(0), done=False), Hang())
+    with pytest.raises(BackendTimeout) as failure:
+        await collect(backend, make_call(stream=True, n=2, timeouts=Timeouts(idle_s=0.05)))
+    assert failure.value.phase == "idle"
+
+
+async def test_a_deadline_holds_even_where_there_is_more_to_read(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(*sse(*ANSWER))
+    seen: list[int] = []
+    with pytest.raises(BackendTimeout):
+        await read_slowly(seen, backend, within_s=0.05)
+    assert len(seen) < len(ANSWER)
+
+
+async def read_slowly(seen: list[int], backend: OpenAIBackend, within_s: float) -> None:
+    async with aclosing(backend.answer(make_call(stream=True, within_s=within_s))) as events:
+        async for one in events:
+            seen.append(len(one.raw))
+            await asyncio.sleep(0.1)
 
 
 async def test_a_stream_waits_for_the_choices_that_have_not_begun(backend: OpenAIBackend, upstream: Upstream) -> None:
@@ -277,6 +311,7 @@ async def test_a_status_that_is_not_200_is_an_error_by_its_cause(
         await collect(backend, make_call(stream=True))
     assert type(failure.value) is error
     assert "sk-secret" not in str(failure.value)
+    assert len(upstream.requests) == 1
 
 
 async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend, upstream: Upstream) -> None:
@@ -327,6 +362,12 @@ async def test_a_whole_answer_without_a_choice_is_a_protocol_error(
 ) -> None:
     upstream.plays(*answers(body))
     with pytest.raises(BackendProtocolError):
+        await collect(backend, make_call())
+
+
+async def test_a_whole_answer_has_a_largest_size(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(Head(headers={"Content-Type": "application/json"}), *[Send(b" " * 1_048_576)] * 33)
+    with pytest.raises(BackendProtocolError, match="33554432"):
         await collect(backend, make_call())
 
 

@@ -92,3 +92,4 @@ def test_frames_within_the_bound_never_add_up() -> None:
     parser = SseParser(max_frame_bytes=100)
     for _ in range(50):
         assert parser.feed(b"data: " + b"x" * 60 + b"\n\n") == [Frame(b"x" * 60)]
+        assert [frame for byte in b"data: " + b"x" * 60 + b"\n\n" for frame in parser.feed(bytes([byte]))]

@@ -189,6 +189,13 @@ def test_tool_calls_without_an_index_are_told_apart_by_their_id() -> None:
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == ["{}", "{}"]
 
 
+def test_lists_are_extended_frame_by_frame() -> None:
+    pieces = [chunk(delta={"x_list": [n]}, logprobs={"content": [{"token": str(n)}]}) for n in range(3)]
+    [choice] = decode(fold(pieces, "chat"))["choices"]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["0", "1", "2"]
+    assert choice["message"]["x_list"] == [0, 1, 2]
+
+
 def test_an_answer_without_a_word_still_has_a_role_and_a_content() -> None:
     assert folded_message({}) == {"role": "assistant", "content": None}
 

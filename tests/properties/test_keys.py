@@ -189,7 +189,7 @@ def check_law(first: Body, edits: list[tuple[str, Json]], random: Random) -> Non
     assert same_key == (relevant(first) == relevant(second))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(first=BODIES, edits=EDITS, random=st.randoms(use_true_random=False))
 @example(
     first={"model": "fast", "messages": [{"role": "user", "content": "a"}], "x": {"é": 1, "e\u0301": 2}},
