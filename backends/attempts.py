@@ -67,6 +67,7 @@ class OpenAnswer:
         self._events = events
         self._slot = slot
         self._attempts = attempts
+        self._ended = False
 
     def __aiter__(self) -> OpenAnswer:
         return self
@@ -84,7 +85,8 @@ class OpenAnswer:
 
     async def aclose(self) -> None:
         self._slot.release()
-        await _close(self._events)
+        if not self._ended:
+            await _close(self._events)
 
 
 class Attempts:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from backends.chat import Event
 
@@ -74,6 +75,8 @@ class Flight(Generic[H]):
         while self._followers and self._least_lag_bytes() > self._max_lag_bytes:
             self._producer = asyncio.get_running_loop().create_future()
             await self._producer
+        if not self._followers:
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     def land(self, error: Exception | None = None) -> None:
         """End the flight, well or with an error. Only the first call counts."""
@@ -107,8 +110,9 @@ class Flight(Generic[H]):
 
     def _leave(self, follower: Follower[H]) -> None:
         self._followers.discard(follower)
-        self._advanced()
-        if not self._followers and not self._done:
+        if self._followers or self._done:
+            self._advanced()
+        else:
             self.land(FlightAbandoned())
             self.scope.cancel()
 

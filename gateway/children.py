@@ -244,7 +244,7 @@ class Child:
             watching.start_soon(self._see_ready, output_fd, ready, heard_all)
             watching.start_soon(self._kill_if_late, process, ready)
             status = await process.wait()
-            _kill_group(process.pid)
+            _kill_group(process.pid)  # what it had started may hold its output open
             with anyio.move_on_after(_HEARD_WITHIN_S):
                 await heard_all.wait()
             watching.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ CHOICES: list[dict[str, Any]] = [
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 
 
-def kept(operation: Operation = "chat", choice: dict[str, Any] = {}, **fields: Any) -> dict[str, Any]:
+def kept(operation: Operation = "chat", choice: Mapping[str, Any] = {}, **fields: Any) -> dict[str, Any]:
     answer = msgspec.json.decode(completion(operation, **choice), type=dict[str, Any])
     name = "chat.completion" if operation == "chat" else "text_completion"
     return {**answer, "object": name, "usage": USAGE, "system_fingerprint": "fp", **fields}
