@@ -86,3 +86,13 @@ def _refuse(message: str) -> NoReturn:
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     """JSON as tokenizers write it into prompts: not escaped for HTML, which Jinja's own filter is for."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def template_fault(source: str) -> str | None:
+    """What keeps `source` from being a chat template, with its line; None for one that compiles."""
+    try:
+        ChatTemplate(source, now=lambda: datetime.min)
+    except ValueError as error:
+        return str(error)
+    else:
+        return None

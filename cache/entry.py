@@ -55,10 +55,15 @@ def load_entry(stored: bytes) -> Entry | None:
 def why_not_stored(completion: bytes, policy: ExactCachePolicy) -> str | None:
     """The reason an answer must not be kept, or None where it may.
 
-    Only a complete, ordinary answer may: every choice ended by itself, nothing was refused or cut.
+    Only a complete, ordinary answer may: every choice ended by itself, nothing was refused or cut. And only one whose
+    every field can be read, since a replay takes it apart: relaying it did not look beyond what Forebay decides on.
     """
     if len(completion) > policy.max_entry_bytes:
         return "too_large"
+    try:
+        msgspec.json.decode(completion)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "unreadable"
     event = parse_event(completion, whole=True)
     if not event.choices:
         return "no_choices"

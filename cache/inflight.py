@@ -110,11 +110,10 @@ class Flight(Generic[H]):
 
     def _leave(self, follower: Follower[H]) -> None:
         self._followers.discard(follower)
-        if self._followers or self._done:
-            self._advanced()
-        else:
+        if not self._followers and not self._done:
             self.land(FlightAbandoned())
-            self.scope.cancel()
+            self.scope.cancel()  # before the producer could be woken, so that it does not take another step
+        self._advanced()
 
 
 class Follower(Generic[H]):

@@ -30,7 +30,7 @@ from backends.llamacpp import LlamaCppBackend
 from backends.openai_http import OpenAIBackend, new_session
 from backends.scripted import Script, ScriptedBackend, tokens_of
 from backends.slots import ImmediateSlots
-from backends.templates import ChatTemplate
+from backends.templates import ChatTemplate, template_fault
 from backends.tokens import BytesPerToken, count_tokens
 from cache.exact import ExactCache, MemoryExactCache, RedisExactCache
 from cache.inflight import Flights
@@ -226,7 +226,14 @@ def _watch_policy(
         elif reload.result == "unchanged":
             record.policy_unchanged()
 
-    return PolicyWatch(Path(settings.policy), environment, compile_policy, now=time.time, on_reload=reloaded)
+    return PolicyWatch(
+        Path(settings.policy),
+        environment,
+        compile_policy,
+        now=time.time,
+        template_fault=template_fault,
+        on_reload=reloaded,
+    )
 
 
 def _exact_cache(redis: Mapping[str, SharedState]) -> ExactCache:

@@ -22,6 +22,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from backends.templates import template_fault
 from gateway.app import load_root_secret, open_store
 from gateway.children import ChildEvent
 from gateway.errors import RequestError
@@ -130,7 +131,7 @@ def demo(
 @app.command
 def check(policy: PolicyPath, /) -> int:
     """Read a policy and name every mistake with its line, column and remedy. Exit status 2 where there is one."""
-    loaded = load_policy(policy, os.environ)
+    loaded = load_policy(policy, os.environ, template_fault)
     for warning in loaded.warnings:
         _console().print(f"[yellow]warning[/] {warning}", highlight=False)
     file = loaded.file
@@ -162,7 +163,7 @@ def explain(
     else:
         assert request is not None  # noqa: S101 - one of the two is given
         body = sys.stdin.buffer.read() if str(request) == "-" else request.read_bytes()
-    explanation = explain_request(load_policy(policy, os.environ), read_chat(body))
+    explanation = explain_request(load_policy(policy, os.environ, template_fault), read_chat(body))
     if json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())
     else:

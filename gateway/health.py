@@ -18,6 +18,8 @@ from policies.shared_state import SharedState
 from policies.watch import PolicyWatch
 
 KEYS_STALE_AFTER_S = 60.0
+CHECK_WITHIN_S = 1.0
+CHECKED_FOR_S = 2.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,9 +46,11 @@ class Health:
         self._redis = redis
         self._runtime_dir = runtime_dir
         self.draining = False
+        self._turn = anyio.Lock()
+        self._checked: tuple[Snapshot, float, dict[str, str]] | None = None
 
-    async def report(self, *, within_s: float = 1.0) -> Report:
-        """Ready means: not draining, keys can be checked, and at least one backend of some model answers."""
+    async def report(self) -> Report:
+        """Ready means: not draining, keys can be checked, and at least one backend answers."""
         problems: list[str] = []
         degraded: list[str] = []
         if self.draining:
@@ -58,7 +62,7 @@ class Health:
             degraded.append(f"policy: the last reload failed, {reload.version} stays in force: {reload.message}")
         redis = {name: shared.state for name, shared in self._redis.items()}
         degraded += [f"redis {name}: {self._redis[name].reason}" for name, state in redis.items() if state != "closed"]
-        backends = await check_backends(self._watch.current.compiled, within_s=within_s)
+        backends = await self._backends()
         down = [f"backend {name}: {state}" for name, state in backends.items() if state != "ok"]
         if backends and len(down) == len(backends):
             problems += down
@@ -87,6 +91,15 @@ class Health:
             backends=backends,
             children=children,
         )
+
+    async def _backends(self) -> dict[str, str]:
+        """What the backends said, at most `CHECKED_FOR_S` ago: whoever may ask us must not make us ask them at will."""
+        async with self._turn:
+            snapshot = self._watch.current.compiled
+            if self._checked is None or self._checked[0] is not snapshot or time.monotonic() >= self._checked[1]:
+                found = await check_backends(snapshot, within_s=CHECK_WITHIN_S)
+                self._checked = (snapshot, time.monotonic() + CHECKED_FOR_S, found)
+            return self._checked[2]
 
     def _children(self) -> list[dict[str, Any]]:
         if not self._runtime_dir:

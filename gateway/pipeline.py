@@ -21,6 +21,7 @@ import anyio
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt, OpenAnswer
 from backends.catalog import ModelCard
 from backends.chat import ChatRequest, Event, Usage
+from backends.errors import BackendProtocolError
 from backends.fold import fold
 from backends.slots import Flow
 from backends.tokens import BytesPerToken
@@ -40,6 +41,9 @@ from policies.ledger import Amounts, Ledger, QuotaExceeded, Reservation
 from policies.tenant import Tenant
 from routing.cost import OutputLengths, estimate
 from routing.decision import Decision
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""What an engine may send for one request before it counts as gone wild: a flight keeps its answer in memory."""
 
 SETTLE_WITHIN_S = 2.0
 """How long giving a reservation back may take after its request is gone."""
@@ -187,6 +191,12 @@ class Pipeline:
                         head = self._head(answer, decision, event)
                         flight.commit(head)
                     await flight.publish(event)
+                    if flight.published_bytes > MAX_ANSWER_BYTES:
+                        raise BackendProtocolError(
+                            f"the answer is larger than {MAX_ANSWER_BYTES} bytes",
+                            backend=head.backend,
+                            model=head.model,
+                        )
             finally:
                 await answer.aclose()
             outcome = "answered"
@@ -390,6 +400,9 @@ class _Taken:
             text = choice.text or (piece and (piece.content or piece.reasoning_content or piece.reasoning))
             if text:
                 self._text.append(text)
+            if piece and piece.tool_calls:
+                self._text.extend(bytes(call).decode() for call in piece.tool_calls)
+            if text or (piece and piece.tool_calls):
                 self._contentful += 1
 
     async def usage(self, *, complete: bool, at_most_tokens: int) -> Usage:

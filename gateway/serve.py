@@ -18,6 +18,7 @@ from pathlib import Path
 import anyio
 import msgspec
 
+from backends.templates import template_fault
 from gateway.app import load_root_secret, open_store
 from gateway.child_specs import (
     SocketPathTooLong,
@@ -61,7 +62,7 @@ async def serve(
 
     Raises what keeps it from starting: `PolicyError`, `CannotListen`, `AlreadyRunning`, store and secret errors.
     """
-    policy = await anyio.to_thread.run_sync(load_policy, Path(settings.policy), environment)
+    policy = await anyio.to_thread.run_sync(load_policy, Path(settings.policy), environment, template_fault)
     root = await anyio.to_thread.run_sync(load_root_secret, settings)
     async with open_store(settings, root) as store:
         owner_key = await store.first_owner_key()

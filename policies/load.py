@@ -18,19 +18,24 @@ from policies.conform import Conformed, conform
 from policies.duration import Duration
 from policies.mistakes import START, Findings, Place, PolicyError
 from policies.money import UsdPer1M
-from policies.references import check_references
+from policies.references import TemplateFault, check_references
 from policies.routing_policy import LlamaCppBackendSpec, Policy, PolicyFile
 from policies.yaml_source import parse_yaml
 
 MAX_BYTES = 1_048_576
 
 
-def load_policy(path: Path, env: Mapping[str, str]) -> Policy:
+def no_template_check(template: str) -> None:
+    """Takes every chat template as it is."""
+
+
+def load_policy(path: Path, env: Mapping[str, str], template_fault: TemplateFault = no_template_check) -> Policy:
     """The policy in `path`, `${NAME}` filled in from `env`. Raises `PolicyError` with all mistakes found.
 
-    It blocks for the time of reading and parsing (milliseconds): call it in a thread where an event loop runs.
+    `template_fault` says what is wrong with a chat template. The call blocks for the time of reading and parsing
+    (milliseconds): make it in a thread where an event loop runs.
     """
-    return parse_policy(read_policy(path), path, env)
+    return parse_policy(read_policy(path), path, env, template_fault)
 
 
 def read_policy(path: Path) -> bytes:
@@ -51,12 +56,14 @@ def read_policy(path: Path) -> bytes:
     return content
 
 
-def parse_policy(content: bytes, path: Path, env: Mapping[str, str]) -> Policy:
+def parse_policy(
+    content: bytes, path: Path, env: Mapping[str, str], template_fault: TemplateFault = no_template_check
+) -> Policy:
     """The policy that `content` says, as if it stood in `path`. Raises `PolicyError` with all mistakes found."""
     findings = Findings(str(path))
     tree = parse_yaml(_decoded(content, findings), findings)
     conformed = conform(tree, PolicyFile, env, findings)
-    check_references(conformed, path.parent, findings)
+    check_references(conformed, path.parent, findings, template_fault)
     if findings.mistakes:
         raise PolicyError(findings.mistakes)
     file = _converted(conformed, findings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -23,16 +23,21 @@ from policies.routing_policy import (
 T = TypeVar("T")
 
 
-def check_references(policy: Conformed, folder: FilePath, findings: Findings) -> None:
+TemplateFault = Callable[[str], str | None]
+"""What is wrong with a chat template, or None. Templates are the backends' business, so this is handed in."""
+
+
+def check_references(policy: Conformed, folder: FilePath, findings: Findings, template_fault: TemplateFault) -> None:
     """Note what is wrong between the sound parts of a policy. A part with mistakes of its own still has its name.
 
     `folder` is where relative paths of weights begin.
     """
-    _Check(policy, folder, findings).run()
+    _Check(policy, folder, findings, template_fault).run()
 
 
 class _Check:
-    def __init__(self, policy: Conformed, folder: FilePath, findings: Findings) -> None:
+    def __init__(self, policy: Conformed, folder: FilePath, findings: Findings, template_fault: TemplateFault) -> None:
+        self._template_fault = template_fault
         self._policy = policy
         self._folder = folder
         self._findings = findings
@@ -62,6 +67,8 @@ class _Check:
                 self._mistake(path, f"needs exactly one of 'url' and 'weights', has {which}", remedy, at_key=True)
             elif backend.weights is not None:
                 self._weights((*path, "weights"), backend.weights)
+            if backend.chat_template is not None and (fault := self._template_fault(backend.chat_template)):
+                self._mistake((*path, "chat_template"), f"not a Jinja template: {fault}")
         if backend.timeouts is not None:
             self._timeouts((*path, "timeouts"), backend.timeouts)
 

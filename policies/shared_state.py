@@ -15,7 +15,6 @@ import hashlib
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Literal
 
 import anyio
@@ -61,11 +60,6 @@ class Script:
     @classmethod
     def of(cls, name: str, text: str) -> Script:
         return cls(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-    @classmethod
-    def load(cls, name: str) -> Script:
-        """The shipped script `policies/lua/<name>.lua`. Reads a file: for start-up, not for the event loop."""
-        return cls.of(name, (files("policies") / "lua" / f"{name}.lua").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

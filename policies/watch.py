@@ -18,8 +18,9 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from policies.load import parse_policy, read_policy
+from policies.load import no_template_check, parse_policy, read_policy
 from policies.mistakes import PolicyError, PolicyMistake
+from policies.references import TemplateFault
 from policies.routing_policy import Policy
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class PolicyWatch(Generic[T]):
         compile: Callable[[Policy], T],  # noqa: A002 - the field's word for policy to snapshot
         *,
         now: Callable[[], float],
+        template_fault: TemplateFault = no_template_check,
         on_reload: Callable[[Reload], None] | None = None,
         retire: Callable[[T], None] | None = None,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
@@ -79,6 +81,7 @@ class PolicyWatch(Generic[T]):
     ) -> None:
         self._path = path
         self._env = env
+        self._template_fault = template_fault
         self._compile = compile
         self._now = now
         self._on_reload = on_reload
@@ -87,7 +90,7 @@ class PolicyWatch(Generic[T]):
         self._poll_every_s = poll_every_s
         self._turn = anyio.Lock()
         content = read_policy(path)
-        policy = parse_policy(content, path, env)
+        policy = parse_policy(content, path, env, template_fault)
         self._seen: bytes | str = content
         self._current = InForce(policy, compile(policy))
         self._last_reload = Reload(result="loaded", version=policy.version, at=now())
@@ -143,7 +146,7 @@ class PolicyWatch(Generic[T]):
     def _parse(self, found: bytes | str) -> Policy:
         # What could not be read is read again for the error itself, with its mistakes.
         content = found if isinstance(found, bytes) else read_policy(self._path)
-        return parse_policy(content, self._path, self._env)
+        return parse_policy(content, self._path, self._env, self._template_fault)
 
     def _swap(self, policy: Policy) -> Reload:
         before = self._current

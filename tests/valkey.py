@@ -134,11 +134,15 @@ class Transitions(list[tuple[str, BreakerState, str]]):
     def states(self) -> list[BreakerState]:
         return [state for _, state, _ in self]
 
+    async def number(self, at_least: int, *, within_s: float = 5.0) -> None:
+        """Return once there were `at_least` so many."""
+        with anyio.fail_after(within_s):
+            while len(self) < at_least:
+                await self._changed.wait()
+
     async def reach(self, *states: BreakerState, within_s: float = 5.0) -> None:
         """Return once exactly `states` have been gone through, in this order."""
-        with anyio.fail_after(within_s):
-            while len(self) < len(states):
-                await self._changed.wait()
+        await self.number(len(states), within_s=within_s)
         assert self.states == list(states), list(self)
 
 
@@ -151,9 +155,7 @@ async def running(
     shared = SharedState(name, url, on_transition=transitions, jitter=lambda: 0.0, limits=limits, **options)
     async with anyio.create_task_group() as group:
         group.start_soon(shared.run)
-        with anyio.fail_after(5.0):
-            while not transitions:
-                await transitions._changed.wait()
+        await transitions.number(1)
         try:
             yield shared, transitions
         finally:

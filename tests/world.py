@@ -164,14 +164,24 @@ async def open_world(
 
 @asynccontextmanager
 async def _served(gateway: Gateway, settings: Settings) -> AsyncGenerator[str, None]:
-    started = asyncio.Event()
+    started, stopped = asyncio.Event(), asyncio.Event()
     server = serve_app(gateway, settings, on_started=started.set)
+
+    async def serve(listener: socket.socket) -> None:
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            stopped.set()
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: server.serve(sockets=[listener]))
+            group.start_soon(serve, listener)
             await started.wait()
             try:
                 yield f"http://127.0.0.1:{listener.getsockname()[1]}"
             finally:
                 server.should_exit = True
                 server.force_exit = True
+                # Also after a test that failed: uvloop waits for ever for a listener that nobody closed.
+                with anyio.move_on_after(5.0, shield=True):
+                    await stopped.wait()

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
+import anyio
 from litestar.types import HTTPScope, Receive, Send
 
 from backends.chat import ChatRequest, Event
@@ -32,6 +33,8 @@ from gateway.telemetry.record import Exchange, Record
 from policies.tenant import Tenant
 
 Headers = list[tuple[bytes, bytes]]
+
+ERROR_WITHIN_S = 5.0
 
 _CLIENT_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 
@@ -104,7 +107,8 @@ class InferenceEndpoint:
         except Exception as error:  # noqa: BLE001 - the face is where every error becomes an answer
             rendered = render(error)
             exchange.failed(error, rendered)
-            await writer.error(rendered)
+            with anyio.move_on_after(ERROR_WITHIN_S):  # whoever reads nothing any more will not read this either
+                await writer.error(rendered)
         finally:
             self._record.exchange_ended(exchange, clock())
 
@@ -121,8 +125,8 @@ class InferenceEndpoint:
                 part = frames(events, request.operation, include_usage=request.include_usage)
                 if part:
                     await writer.part(part)
-        hangup.disarm()
-        await writer.end_stream(DONE)
+            hangup.disarm()
+            await writer.end_stream(DONE)
 
     async def _whole(
         self,
@@ -137,9 +141,9 @@ class InferenceEndpoint:
         async with _until(context.deadline):
             while more := await answer.source.take():
                 events.extend(more)
-        body = events[0].raw if events[0].whole else fold([event.raw for event in events], request.operation)
-        hangup.disarm()
-        await writer.whole(body, _text(headers, b"accept-encoding"))
+            body = events[0].raw if events[0].whole else fold([event.raw for event in events], request.operation)
+            hangup.disarm()
+            await writer.whole(body, _text(headers, b"accept-encoding"))
 
 
 class _until:  # noqa: N801 - reads as a clause

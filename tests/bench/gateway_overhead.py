@@ -221,7 +221,7 @@ def bare_server() -> Iterator[tuple[int, int]]:
 @contextmanager
 def forebay_server(folder: Path, upstream_port: int) -> Iterator[tuple[int, int, str]]:
     policy = folder / "policy.yaml"
-    policy.write_text(POLICY.format(url=f"http://127.0.0.1:{upstream_port}", answer="word word word word word word word word"))
+    policy.write_text(POLICY.format(url=f"http://127.0.0.1:{upstream_port}", answer=" ".join(["word"] * 8)))
     data = folder / "data"
     forebay = [sys.executable, "-m", "gateway"]
     key = subprocess.run(
@@ -249,9 +249,10 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"{url}: the server ended with {process.returncode}")
         try:
             httpx.get(url)
-            return
         except httpx.TransportError:
             time.sleep(0.1)
+        else:
+            return
     raise RuntimeError(f"{url} never answered")
 
 

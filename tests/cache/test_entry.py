@@ -113,6 +113,11 @@ def test_what_a_policy_or_an_operation_makes_of_an_answer(
     assert why_not_stored(completion(operation, **choice), ExactCachePolicy(store_tool_calls=True)) == reason
 
 
+@pytest.mark.parametrize("odd", [b"1e400", b"[" * 5000 + b"]" * 5000])
+def test_an_answer_that_a_replay_could_not_take_apart_is_not_kept(odd: bytes) -> None:
+    assert why_not_stored(completion()[:-1] + b',"x_odd":' + odd + b"}", ExactCachePolicy()) == "unreadable"
+
+
 def test_one_choice_that_was_cut_is_enough_to_keep_none() -> None:
     answer = msgspec.json.decode(completion(), type=dict[str, Any])
     answer["choices"].append({**answer["choices"][0], "index": 1, "finish_reason": "length"})

@@ -161,9 +161,12 @@ async def test_an_entry_that_cannot_be_read_is_a_miss(kept: Kept, stored: bytes)
 
 
 async def test_what_is_begun_may_be_left_unawaited(kept: Kept) -> None:
-    kept.cache.lookup(ANN, KEY, within_s=AT_ONCE_S)
-    kept.cache.lookup(ANN, KEY, within_s=5.0)
-    kept.cache.store(ANN, KEY, entry(), ttl_s=60)
+    begun = [
+        kept.cache.lookup(ANN, KEY, within_s=AT_ONCE_S),
+        kept.cache.lookup(ANN, KEY, within_s=5.0),
+        kept.cache.store(ANN, KEY, entry(), ttl_s=60),
+    ]
+    del begun
     gc.collect()
 
     assert isinstance(await kept.find(), Hit)

@@ -155,13 +155,6 @@ async def test_a_script_that_fails_is_refused_and_not_run_again(state: SharedSta
         assert await state.execute("GET", "tries", within_s=SOON_S) == tries
 
 
-def test_every_shipped_script_is_lua_that_the_server_takes_and_names_as_we_do(valkey: Valkey) -> None:
-    shipped = Path(__file__).parents[2] / "policies" / "lua"
-    for path in shipped.glob("*.lua"):
-        script = Script.load(path.stem)
-        assert valkey.command("SCRIPT", "LOAD", script.text).decode() == script.sha1
-
-
 async def test_the_push_listener_hears_of_writes_by_others_on_every_new_connection(own_valkey: Valkey) -> None:
     pushes: list[Any] = []
     heard = anyio.Event()

@@ -14,7 +14,7 @@ from policies.shared_state import Limits, SharedState, SharedStateRefused, Share
 from tests.valkey import Transitions, Valkey, free_port, running
 
 SOON_S = 5.0
-QUICK = Limits(connect_within_s=0.2, probe_within_s=0.2, longest_delay_s=0.2)
+QUICK = Limits(connect_within_s=0.5, probe_within_s=0.5, longest_delay_s=0.2)
 
 
 async def fails_at_once(shared: SharedState) -> str:
@@ -38,7 +38,7 @@ async def test_a_paused_server_costs_a_few_requests_one_timeout_each_and_then_no
         cost_s = time.perf_counter() - began
         await transitions.reach("closed", "open")
 
-        assert 0.05 <= cost_s < 0.5
+        assert 0.05 <= cost_s < 2.0
         assert "3 times in a row" in await fails_at_once(shared)
 
         await anyio.sleep(0.5)  # several probes hang meanwhile
@@ -50,7 +50,7 @@ async def test_a_paused_server_costs_a_few_requests_one_timeout_each_and_then_no
 
 
 async def test_a_paused_server_is_noticed_without_any_traffic(own_valkey: Valkey) -> None:
-    limits = Limits(heartbeat_s=0.02, probe_within_s=0.02, connect_within_s=0.1, longest_delay_s=0.1)
+    limits = Limits(heartbeat_s=0.02, probe_within_s=0.05, connect_within_s=0.2, longest_delay_s=0.1)
     async with running(own_valkey.url, limits=limits) as (_, transitions):
         own_valkey.pause()
         await transitions.reach("closed", "open")
@@ -235,7 +235,7 @@ async def test_a_server_that_speaks_something_else_is_open_with_a_reason(babble:
 
 async def test_a_slow_server_opens_the_breaker_and_probes_wait_until_it_is_quick(valkey: Valkey) -> None:
     async with running(valkey.url) as (other, _), running(valkey.url, limits=QUICK) as (shared, transitions):
-        sleeping = other.send("DEBUG", "SLEEP", "0.3", within_s=SOON_S)
+        sleeping = other.send("DEBUG", "SLEEP", "0.5", within_s=SOON_S)
         await asyncio.sleep(0)
         for _ in range(3):
             with pytest.raises(SharedStateUnavailable):
@@ -247,10 +247,10 @@ async def test_a_slow_server_opens_the_breaker_and_probes_wait_until_it_is_quick
 
 async def test_timeouts_that_are_not_in_a_row_leave_the_breaker_closed(valkey: Valkey) -> None:
     async with running(valkey.url) as (shared, transitions):
-        for round_ in range(5):
+        for round_ in range(2):
             for _ in range(2):
                 with pytest.raises(SharedStateUnavailable, match="no reply within 5 ms"):
-                    await shared.execute("DEBUG", "SLEEP", "0.02", within_s=0.005)
+                    await shared.execute("DEBUG", "SLEEP", "0.1", within_s=0.005)
             assert await shared.execute("ECHO", round_, within_s=SOON_S) == str(round_).encode()
 
         assert transitions.states == ["closed"]
@@ -260,7 +260,7 @@ async def test_replies_that_come_too_late_do_not_keep_the_breaker_closed(valkey:
     async with running(valkey.url) as (other, _), running(valkey.url) as (shared, transitions):
         for _ in range(3):
             with pytest.raises(SharedStateUnavailable, match="no reply within 5 ms"):
-                await shared.execute("DEBUG", "SLEEP", "0.02", within_s=0.005)
+                await shared.execute("DEBUG", "SLEEP", "0.1", within_s=0.005)
             await other.execute("PING", within_s=SOON_S)  # by now the late reply has arrived
 
         await transitions.reach("closed", "open", "closed")
@@ -268,10 +268,10 @@ async def test_replies_that_come_too_late_do_not_keep_the_breaker_closed(valkey:
 
 async def test_a_reply_that_waited_out_a_stall_of_our_own_loop_is_no_timeout(valkey: Valkey) -> None:
     async with running(valkey.url) as (shared, transitions):
-        for number in range(5):
+        for number in range(3):
             reply = shared.send("ECHO", number, within_s=0.01)
             await asyncio.sleep(0)
-            time.sleep(0.05)  # the fault itself: something blocks the loop for longer than the time-out
+            time.sleep(0.2)  # the fault itself: something blocks the loop for longer than the time-out
             assert await reply == str(number).encode()
 
         assert transitions.states == ["closed"]

@@ -112,8 +112,8 @@ async def test_weights_that_are_none_are_reported_in_words(runtime: Path) -> Non
 async def test_an_engine_ends_when_its_standard_input_does(smollm2_path: Path) -> None:
     options = ["--weights", str(smollm2_path), "--port", str(free_loopback_port())]
     command = [sys.executable, "-m", "backends.llamacpp_engine", *options]
-    async with await anyio.open_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        assert process.stdin is not None
-        await process.stdin.aclose()
-        with anyio.fail_after(20):
+    with anyio.fail_after(20):
+        async with await anyio.open_process(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            await process.stdin.aclose()
             assert await process.wait() == 0

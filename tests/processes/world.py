@@ -80,7 +80,8 @@ async def supervised(
     )
 
     async def run() -> None:
-        world.exit_status = await world.supervisor.run()
+        with anyio.fail_after(60):  # cancelled, it kills its children
+            world.exit_status = await world.supervisor.run()
 
     async with anyio.create_task_group() as running:
         running.start_soon(run)

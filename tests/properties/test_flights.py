@@ -187,7 +187,7 @@ async def test_a_worker_that_ends_its_flights_leaves_nobody_waiting(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 8), max_size=12),
+    sizes=st.lists(st.integers(2, 8), max_size=12),
     paces=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     leaver=st.integers(0, 30),
 )

@@ -58,7 +58,7 @@ SCALARS = (
     "e\u0301",
     "null",
 )
-VALUES = st.sampled_from(
+VALUES: st.SearchStrategy[Json] = st.sampled_from(
     (
         *SCALARS,
         *([scalar] for scalar in SCALARS),
@@ -150,19 +150,24 @@ def exactly(value: Json) -> Json:
 
 def spelt(value: Json, random: Random) -> str:
     """`value` as one of the many JSON texts that mean it: order, white space, escapes, Unicode form."""
-    space = lambda: random.choice(["", "", " ", "\n", "\t "])  # noqa: E731
     if isinstance(value, str):
-        form = random.choice(["NFC", "NFD", None])
-        return spelt_text(unicodedata.normalize(form, value) if form else value, random)
+        forms = (value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value))
+        return spelt_text(random.choice(forms), random)
     if isinstance(value, list):
-        return "[" + ",".join(space() + spelt(item, random) + space() for item in value) + "]"
+        return "[" + ",".join(space(random) + spelt(item, random) + space(random) for item in value) + "]"
     if isinstance(value, dict):
         items = list(value.items())
         random.shuffle(items)
         return (
-            "{" + ",".join(f"{spelt_text(name, random)}{space()}:{spelt(item, random)}" for name, item in items) + "}"
+            "{"
+            + ",".join(f"{spelt_text(name, random)}{space(random)}:{spelt(item, random)}" for name, item in items)
+            + "}"
         )
     return json.dumps(value)
+
+
+def space(random: Random) -> str:
+    return random.choice(["", "", " ", "\n", "\t "])
 
 
 def spelt_text(text: str, random: Random) -> str:
