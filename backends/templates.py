@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -91,7 +91,7 @@ def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
 def template_fault(source: str) -> str | None:
     """What keeps `source` from being a chat template, with its line; None for one that compiles."""
     try:
-        ChatTemplate(source, now=lambda: datetime.min)
+        ChatTemplate(source, now=lambda: datetime.fromtimestamp(0, UTC))
     except ValueError as error:
         return str(error)
     else:
