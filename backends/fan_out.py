@@ -24,16 +24,18 @@ Json = dict[str, Any]
 class FanOut:
     """A `Backend` that answers any `n` through one that takes at most `max_n` choices a call.
 
-    A request within `max_n`, or with a list of prompts, passes through untouched. Of any other, all calls run at once;
-    their frames come as they arrive, under one id, with the choices numbered through. Usage is the sum of what all
+    With `one_prompt` a list of prompts is taken apart as well, for an engine that takes one prompt a call; else lists
+    pass through untouched, as does what is within `max_n`. Of any other request all calls run at once; their frames
+    come as they arrive, under one id, with the choices numbered through. Usage is the sum of what all
     calls took, prompts included, since that is what was consumed; it is missing where any call reported none. A seed
     goes to each call offset by its first choice, so that equal seeds give equal answers and choices still differ. The
     first call that fails ends all.
     """
 
-    def __init__(self, backend: Backend, max_n: int) -> None:
+    def __init__(self, backend: Backend, max_n: int, *, one_prompt: bool = False) -> None:
         self._backend = backend
         self._max_n = max_n
+        self._one_prompt = one_prompt
 
     @property
     def name(self) -> str:
@@ -45,7 +47,7 @@ class FanOut:
 
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
-        if call.request.n <= self._max_n or _has_many_prompts(call.request):
+        if self._takes(call.request):
             async with aclosing(self._backend.answer(call)) as events:
                 async for event in events:
                     yield event
@@ -74,22 +76,35 @@ class FanOut:
     async def aclose(self) -> None:
         await self._backend.aclose()
 
+    def _takes(self, request: ChatRequest) -> bool:
+        """Whether the backend answers this in one call."""
+        if request.prompts > 1:
+            return not self._one_prompt
+        return request.n <= self._max_n
+
     def _split(self, call: Call) -> dict[int, Call]:
-        """The calls to make, by the index of their first choice."""
+        """The calls to make, by the index of their first choice: prompt after prompt, `n` choices each."""
         request = call.request
         calls = {}
-        for first in range(0, request.n, self._max_n):
-            changes: Json = {"n": min(self._max_n, request.n - first)}
-            if request.seed is not None:
-                changes["seed"] = request.seed + first
-            part = msgspec.structs.replace(request, fields=request.with_fields(**changes), **changes)
-            calls[first] = msgspec.structs.replace(call, request=part)
+        for number, prompt in enumerate(_prompts(request)):
+            for first in range(0, request.n, self._max_n):
+                index = number * request.n + first
+                changes: Json = {"n": min(self._max_n, request.n - first), **prompt}
+                if request.seed is not None:
+                    changes["seed"] = request.seed + index
+                fields = request.with_fields(**changes)
+                part = msgspec.structs.replace(
+                    request, fields=fields, n=changes["n"], seed=changes.get("seed"), prompts=1
+                )
+                calls[index] = msgspec.structs.replace(call, request=part)
         return calls
 
 
-def _has_many_prompts(request: ChatRequest) -> bool:
-    """Whether `n` counts prompts as well, which are not ours to take apart."""
-    return request.operation == "text_completion" and request.prompt is None
+def _prompts(request: ChatRequest) -> list[Json]:
+    """The change that makes a request one of each prompt; one empty change where there is only one."""
+    if request.prompts == 1:
+        return [{}]
+    return [{"prompt": prompt} for prompt in msgspec.json.decode(request.fields["prompt"], type=list[Any])]
 
 
 class _Answers:

@@ -289,7 +289,8 @@ class _Builder:
             )
             return backend if spec.max_n is None else FanOut(backend, spec.max_n)
         # llama.cpp takes an n up to its slots, but reports the usage of one choice for all of them.
-        return FanOut(self._llamacpp(name, spec), 1)
+        # Of a list of prompts it streams `null`s.
+        return FanOut(self._llamacpp(name, spec), 1, one_prompt=True)
 
     def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
         url = spec.url or self._engines.get(name)

@@ -79,12 +79,25 @@ async def test_what_fits_in_one_call_passes_through_untouched() -> None:
     assert parts.calls == [call]
 
 
-async def test_a_list_of_prompts_is_not_taken_apart() -> None:
+async def test_a_list_of_prompts_passes_through_to_an_engine_that_takes_lists() -> None:
     parts = Parts()
-    call = make_call("text_completion", n=4)
-    call = msgspec.structs.replace(call, request=msgspec.structs.replace(call.request, prompt=None))
+    call = make_call("text_completion", prompt=["one", "two"], n=4)
     await collect(FanOut(parts.backend, 1), call)
     assert parts.calls == [call]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_list_of_prompts_is_taken_apart_for_an_engine_that_takes_one(stream: bool) -> None:
+    parts = Parts()
+    call = make_call("text_completion", prompt=["one", [2, 2]], n=2, seed=5, stream=stream)
+    events = await collect(FanOut(parts.backend, 1, one_prompt=True), call)
+
+    asked = [(msgspec.json.decode(part.request.fields["prompt"]), part.request.n) for part in parts.calls]
+    assert asked == [("one", 1), ("one", 1), ([2, 2], 1), ([2, 2], 1)]
+    assert [part.request.prompts for part in parts.calls] == [1, 1, 1, 1]
+    choices = whole_of(events)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in choices] == ["seed 5", "seed 6", "seed 7", "seed 8"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

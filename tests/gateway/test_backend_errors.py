@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import anyio
 import pytest
 
 from backends.scripted import Fault, Script
 from policies.ledger import NOTHING
-from tests.gateway.wire import chunks_of, demo_tenant_id, error_of, metric, policy_with_engine, streamed_text
+from tests.gateway.wire import (
+    chunks_of,
+    demo_tenant_id,
+    error_of,
+    metric,
+    policy_with_engine,
+    raw_client,
+    streamed_text,
+)
 from tests.upstream import Upstream, answers, chunk, finish, sse
 from tests.world import POLICY, World, events_of, open_world, text_of
 
@@ -225,13 +232,11 @@ async def test_a_failing_engine_is_left_alone_and_comes_last() -> None:
 
 async def test_no_more_calls_are_made_at_once_than_the_policy_says() -> None:
     policy = POLICY.replace("small-1: {kind: scripted}", "small-1: {kind: scripted, max_concurrent: 1}")
-    async with open_world(small=Script(first_token_delay_s=30.0), policy=policy) as world:
-        async with anyio.create_task_group() as group:
-            group.start_soon(world.ask, "first")
-            await world.until(lambda: world.small.in_flight == 1)
-            refused = await world.ask("second", model="small")
-            helped = await world.ask("second")
-            group.cancel_scope.cancel()
+    async with open_world(small=Script(first_token_delay_s=30.0), policy=policy) as world, raw_client(world) as client:
+        await client.ask("first")
+        await world.until(lambda: world.small.in_flight == 1)
+        refused = await world.ask("second", model="small")
+        helped = await world.ask("second")
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert helped.headers["x-forebay-model"] == "large"

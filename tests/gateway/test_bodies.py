@@ -8,6 +8,7 @@ import random
 import resource
 import sys
 import zlib
+from collections.abc import Callable
 
 import httpx
 import msgspec
@@ -19,7 +20,7 @@ from tests.gateway.wire import error_of, raw_client
 from tests.world import World, open_world, text_of
 
 MAX_BYTES = 16 * 1024 * 1024
-PACKERS = {
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "deflate": zlib.compress,
     "zstd": zstandard.compress,

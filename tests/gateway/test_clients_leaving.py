@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+import httpx
 import msgspec
 import pytest
 
@@ -179,7 +180,7 @@ async def test_a_slow_reader_that_leaves_is_noticed_while_it_is_waited_for() -> 
 @pytest.mark.parametrize("opener_streams", [False, True])
 async def test_twenty_identical_requests_at_once_are_one_call_in_either_shape(opener_streams: bool) -> None:
     async with open_world(small=Script(first_token_delay_s=0.3)) as world:
-        responses = []
+        responses: list[httpx.Response] = []
 
         async def ask(stream: bool) -> None:
             responses.append(await world.ask(stream=stream, user=f"user {len(responses)}"))

@@ -174,7 +174,7 @@ async def world_that_echoes() -> Any:
 async def test_a_key_that_is_missing_or_wrong_is_refused_before_the_body_is_read(
     world: World, authorization: str | None, code: str
 ) -> None:
-    headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
+    headers = httpx.Headers({} if authorization is None else {b"authorization": authorization.encode("latin-1")})
     for path in ("/v1/chat/completions", "/v1/completions"):
         response = await world.client.post(path, content=b"not json", headers=headers)
         assert response.status_code == 401
@@ -326,7 +326,7 @@ async def test_a_request_id_that_could_do_harm_is_not_echoed(world: World, value
 
 async def test_a_line_break_in_a_header_makes_no_header_of_its_own(world: World) -> None:
     async with raw_client(world) as client:
-        await client.send(msgspec.json.encode(world.body("split")), **{"x-client-request-id": "a\r\n evil: 1"})
+        await client.send(msgspec.json.encode(world.body("split")), headers={"x-client-request-id": "a\r\n evil: 1"})
         head = await client.read_until(b"\r\n\r\n")
     assert b"evil" not in head
 

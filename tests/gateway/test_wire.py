@@ -16,8 +16,16 @@ from tests.upstream import Head, Send, Upstream, answers, chunk, completion, eve
 from tests.world import POLICY, World, events_of, open_world, text_of
 
 FRAMES = re.compile(r"(data: [^\n]+\n\n)+")
-WEATHER_CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Köln"}'}}
-TIME_CALL = {"id": "call_2", "type": "function", "function": {"name": "time", "arguments": '{"zone":"東京"}'}}
+WEATHER_CALL: dict[str, object] = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city":"Köln"}'},
+}
+TIME_CALL: dict[str, object] = {
+    "id": "call_2",
+    "type": "function",
+    "function": {"name": "time", "arguments": '{"zone":"東京"}'},
+}
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -33,7 +33,9 @@ class RawClient:
     async def ask(self, prompt: str = "hello", *, key: str | None = None, **fields: Any) -> None:
         await self.send(msgspec.json.encode(self._world.body(prompt, **fields)), key=key)
 
-    async def send(self, body: bytes, *, key: str | None = None, length: int | None = None, **headers: str) -> None:
+    async def send(
+        self, body: bytes, *, key: str | None = None, length: int | None = None, headers: Mapping[str, str] = {}
+    ) -> None:
         """A request with `body`, which claims to have `length` bytes."""
         said = {
             "host": "gateway",
@@ -41,7 +43,7 @@ class RawClient:
             **self._world.headers(key),
             **headers,
         }
-        lines = [f"{name.replace('_', '-')}: {value}" for name, value in said.items()]
+        lines = [f"{name}: {value}" for name, value in said.items()]
         await self.write("\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""]).encode() + body)
 
     async def write(self, data: bytes) -> None:
