@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
-import anyio.lowlevel
 
 from backends.chat import Event
 
@@ -52,7 +51,7 @@ class Flight(Generic[H]):
         self._producer: asyncio.Future[None] | None = None
         self.scope = anyio.CancelScope()
         """What the flight runs in. Not its task's `cancel`, which would break into the shielded ends of a call."""
-        self.on_landed: Callable[[], None] = _nothing
+        self.on_landed: Callable[[], object] = _nothing
 
     @property
     def head(self) -> H | None:
@@ -75,8 +74,6 @@ class Flight(Generic[H]):
         while self._followers and self._least_lag_bytes() > self._max_lag_bytes:
             self._producer = asyncio.get_running_loop().create_future()
             await self._producer
-        if not self._followers:
-            await anyio.lowlevel.checkpoint_if_cancelled()
 
     def land(self, error: Exception | None = None) -> None:
         """End the flight, well or with an error. Only the first call counts."""
@@ -190,7 +187,7 @@ class Flights(Generic[H]):
         follower = flight.join()
         if key is not None and key not in self._by_key:
             self._by_key[key] = flight
-            flight.on_landed = lambda: self._forget(key, flight)
+            flight.on_landed = lambda: self._by_key.pop(key)
         task = self._spawn(self._run(flight, fly))
         # A task that is cancelled before its first step never gets to run the `finally` below.
         task.add_done_callback(lambda _: flight.land(FlightAbandoned()))
@@ -208,10 +205,6 @@ class Flights(Generic[H]):
             error = raised
         finally:
             flight.land(error)
-
-    def _forget(self, key: str, flight: Flight[H]) -> None:
-        if self._by_key.get(key) is flight:
-            del self._by_key[key]
 
 
 def _nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Generator, Mapping
@@ -44,6 +45,9 @@ async def _serve(settings: Settings, listener: socket.socket, environment: Mappi
         loop.add_signal_handler(signal.SIGINT, drain)
         loop.add_signal_handler(signal.SIGHUP, lambda: gateway.background.spawn(gateway.reload()))
         gateway.background.keep(_drain_when_orphaned(drain), "lifeline")
+        # What stands now stands for good: taken out of every collection, a full one costs 1 ms instead of 80.
+        gc.collect()
+        gc.freeze()
         await server.serve(sockets=[listener])
 
 

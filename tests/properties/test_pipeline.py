@@ -486,6 +486,20 @@ async def test_when_everybody_left_the_engine_is_hung_up_on_at_once() -> None:
     assert (outcome, usage.completion_tokens, usage.estimated) == ("abandoned", 2, True)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_cut_off_before_the_first_word_takes_its_call_down(stream: bool) -> None:
+    async with open_house(small=Script(fault="hang")) as house:
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(house.ask(make_request(model="fast", stream=stream)))
+            while not house.engines["small-1"].in_flight:
+                await asyncio.sleep(0)
+            asking.cancel()
+        await house.until_quiet()
+
+    assert house.engines["small-1"].cancelled == 1
+    assert [outcome for outcome, *_ in house.recorded.ended] == ["abandoned"]
+
+
 async def test_leases_of_calls_that_last_are_renewed_and_no_others() -> None:
     async with open_house(small=Script(fault="hang", fault_after_tokens=2)) as house:
         house.ledger.lease_s = 0.03
