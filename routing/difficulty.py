@@ -42,8 +42,9 @@ _CODE_WORDS = frozenset(
 _CODE = re.compile(r"```|[{};]\s*\n")
 _MATH = re.compile(r"[=^∑∫√≤≥±]|\\(?:frac|sum|int|sqrt)\b|\d\s*[-+*/]\s*\d")
 _REASONING_WORDS = frozenset(
-    "why prove derive explain compare analyse analyze design optimise optimize evaluate debug refactor tradeoff"
-    " tradeoffs implication implications rigorous rigorously theorem hypothesis".split()
+    {"why", "prove", "derive", "explain", "compare", "analyse", "analyze", "design", "optimise", "optimize", "evaluate"}
+    | {"debug", "refactor", "tradeoff", "tradeoffs", "implication", "implications", "rigorous", "rigorously"}
+    | {"theorem", "hypothesis"}
 )
 _STEPS = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+", re.MULTILINE)
 
