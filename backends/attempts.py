@@ -17,7 +17,7 @@ import msgspec
 from backends.backend import Backend, Call, Timeouts
 from backends.catalog import ModelCard
 from backends.chat import ChatRequest, Event
-from backends.errors import BackendError, BackendFailed, BackendProtocolError, BackendUnreachable
+from backends.errors import BackendError, BackendFailed, BackendProtocolError, BackendUnreachable, RequestRejected
 from backends.health import Ejections, RetryBudget
 from backends.slots import Flow, Slot, Slots
 
@@ -157,6 +157,8 @@ class Attempts:
         waiting = deque(targets[index] for index in self._ejections.order([target.backend.name for target in targets]))
         while waiting and len(failed) < self._max_attempts:
             target = waiting.popleft()
+            if len(failed) == self._max_attempts - 1:
+                target = _other_model(waiting, failed) or target  # the last attempt: not a third dead replica
             is_retry = any(attempt.model == target.card.name for attempt in failed)
             if is_retry and not self._budget.spend():
                 continue
@@ -204,16 +206,25 @@ class Attempts:
             raise
 
 
+def _other_model(waiting: Iterable[Target], failed: Sequence[FailedAttempt]) -> Target | None:
+    """The first target whose model has not been asked; None where the failures are not all of one model."""
+    asked = {attempt.model for attempt in failed}
+    return next((target for target in waiting if len(asked) == 1 and target.card.name not in asked), None)
+
+
 class AttemptsFailed(Exception):
-    """No target committed. `failed` holds every attempt, the last of them the one to report."""
+    """No target committed. `failed` holds every attempt, `error` the one to report.
+
+    That is the last one's, unless a fallback refused a request that was not meant for it: then it is the first one's,
+    which may pass when the client tries again.
+    """
 
     def __init__(self, failed: tuple[FailedAttempt, ...]) -> None:
-        super().__init__(str(failed[-1].error))
+        first, last = failed[0], failed[-1]
+        foreign = isinstance(last.error, RequestRejected) and last.model != first.model
+        self.error: BackendError = first.error if foreign else last.error
         self.failed = failed
-
-    @property
-    def error(self) -> BackendError:
-        return self.failed[-1].error
+        super().__init__(str(self.error))
 
 
 class AnswerBroke(Exception):

@@ -12,7 +12,8 @@ import msgspec
 
 from backends.backend import Backend, Call, Load
 from backends.chat import ChatRequest, Event, parse_event
-from backends.fold import unfold
+from backends.errors import BackendProtocolError
+from backends.fold import Unfoldable, unfold
 
 _BUFFERED_EVENTS = 64
 """Events of all calls together that wait for a slow reader, before it slows the engine."""
@@ -25,17 +26,18 @@ class FanOut:
     """A `Backend` that answers any `n` through one that takes at most `max_n` choices a call.
 
     With `one_prompt` a list of prompts is taken apart as well, for an engine that takes one prompt a call; else lists
-    pass through untouched, as does what is within `max_n`. Of any other request all calls run at once; their frames
-    come as they arrive, under one id, with the choices numbered through. Usage is the sum of what all
-    calls took, prompts included, since that is what was consumed; it is missing where any call reported none. A seed
-    goes to each call offset by its first choice, so that equal seeds give equal answers and choices still differ. The
-    first call that fails ends all.
+    pass through untouched, as does what is within `max_n`. Of any other request `at_once` calls run at a time, since
+    all of them stand in one place of the backend's limit. Frames come as they arrive, under one id, with the choices
+    numbered through. Usage is the sum of what all calls took, prompts included, since that is what was consumed; it is
+    missing where any call reported none. A seed goes to each call offset by its first choice, so that equal seeds give
+    equal answers and choices still differ. The first call that fails ends all.
     """
 
-    def __init__(self, backend: Backend, max_n: int, *, one_prompt: bool = False) -> None:
+    def __init__(self, backend: Backend, max_n: int, one_prompt: bool = False, at_once: int = 4) -> None:
         self._backend = backend
         self._max_n = max_n
         self._one_prompt = one_prompt
+        self._at_once = at_once
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class FanOut:
                     yield event
             return
         calls = self._split(call)
-        answers = _Answers(call, len(calls))
+        answers = _Answers(call, len(calls), self._at_once)
         # A task group may not be held open over a yield, so it lives in a task of its own, which this generator owns.
         run = asyncio.get_running_loop().create_task(answers.gather(self._backend, calls))
         try:
@@ -110,10 +112,11 @@ def _prompts(request: ChatRequest) -> list[Json]:
 class _Answers:
     """The answers of all calls on their way into one."""
 
-    def __init__(self, call: Call, calls: int) -> None:
+    def __init__(self, call: Call, calls: int, at_once: int) -> None:
         self._operation = call.request.operation
         self._stream = call.request.stream
         self._calls = calls
+        self._turns = asyncio.Semaphore(at_once)
         self._sender, self.events = anyio.create_memory_object_stream[Event](_BUFFERED_EVENTS)
         self._head: Json = {}
         self._wholes: dict[int, Json] = {}
@@ -137,22 +140,30 @@ class _Answers:
                 yield parse_event(msgspec.json.encode({**self._head, "choices": [], "usage": usage}))
             return
         parts = [self._wholes[first] for first in sorted(self._wholes)]
-        answer = {**parts[0], "choices": [choice for part in parts for choice in part["choices"]]}
+        answer = {**parts[0], "choices": [choice for part in parts for choice in part.get("choices") or ()]}
         answer.pop("usage", None)
         if usage is not None:
             answer["usage"] = usage
         yield parse_event(msgspec.json.encode(answer), whole=True)
 
     async def _take(self, backend: Backend, call: Call, first: int) -> None:
-        async with aclosing(backend.answer(call)) as events:
-            async for event in events:
-                if not self._stream:
-                    self._wholes[first] = self._renumbered(event.raw, first)
-                elif event.whole:
-                    for raw in unfold(event.raw, self._operation, include_usage=True):
-                        await self._relay(raw, first)
-                else:
-                    await self._relay(event.raw, first)
+        try:
+            async with self._turns, aclosing(backend.answer(call)) as events:
+                async for event in events:
+                    await self._hand_on(event, first)
+        except (Unfoldable, msgspec.DecodeError, RecursionError) as error:
+            # It was an event, which is read in part; all of its fields are what no value can stand for.
+            message = f"a frame that can not be read: {error}"
+            raise BackendProtocolError(message, backend=backend.name, model=call.model) from error
+
+    async def _hand_on(self, event: Event, first: int) -> None:
+        if not self._stream:
+            self._wholes[first] = self._renumbered(event.raw, first)
+        elif event.whole:
+            for raw in unfold(event.raw, self._operation, include_usage=True):
+                await self._relay(raw, first)
+        else:
+            await self._relay(event.raw, first)
 
     async def _relay(self, raw: bytes, first: int) -> None:
         frame = self._renumbered(raw, first)

@@ -7,10 +7,11 @@ folds to the same completion.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from backends.chat import Operation
 
@@ -25,63 +26,188 @@ _OBJECTS: Mapping[Operation, tuple[str, str]] = {
 }
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class Unfoldable(ValueError):
+    """What was to be folded or unfolded is not JSON that a value can stand for, or not of OpenAI's shape."""
+
+
 def fold(frames: Iterable[bytes], operation: Operation) -> bytes:
     """The completion that the frames of one stream add up to, as JSON; `[DONE]` is not among the frames.
 
     Usage comes from the last frame that has one, other top-level fields from the first. A choice without a
-    finish_reason stays without: whether an answer is complete is the backend's to say. Raises `msgspec.DecodeError`.
+    finish_reason stays without: whether an answer is complete is the backend's to say. Raises `Unfoldable`.
     """
-    heads = []
-    usage = None
-    pieces: dict[int, list[Json]] = {}
-    for frame in frames:
-        head = msgspec.json.decode(frame, type=Json)
-        for choice in head.pop("choices", None) or ():
-            pieces.setdefault(choice.get("index") or 0, []).append(choice)
-        usage = head.pop("usage", None) or usage
-        heads.append(head)
-    completion = {name: _first(values) for name, values in _columns(heads).items()}
-    completion["object"] = _OBJECTS[operation][0]
-    completion["choices"] = [_fold_choice(pieces[index], operation) for index in sorted(pieces)]
-    if usage is not None:
-        completion["usage"] = usage
-    return msgspec.json.encode(completion)
+    answer = _Answer()
+    try:
+        for frame in frames:
+            answer.add(frame)
+        return msgspec.json.encode(answer.completion(operation))
+    except _UNREADABLE as error:
+        raise Unfoldable(str(error)) from error
 
 
 def unfold(completion: bytes, operation: Operation, include_usage: bool) -> list[bytes]:
     """The frames of a stream that replays `completion`, without `[DONE]`; each kind of content comes in one piece.
 
     With `include_usage` the usage comes in a last frame without choices and is null in the others, as OpenAI has it.
-    Raises `msgspec.DecodeError`.
+    Raises `Unfoldable`.
     """
-    head = msgspec.json.decode(completion, type=Json)
-    choices = head.pop("choices", None) or []
+    try:
+        return [msgspec.json.encode(frame) for frame in _unfolded(_any.decode(completion), operation, include_usage)]
+    except _UNREADABLE as error:
+        raise Unfoldable(str(error)) from error
+
+
+class _Piece(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """What a frame tells of one choice, before the choice's end."""
+
+    index: int = 0
+    delta: Json | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: Json | UnsetType | None = UNSET
+    finish_reason: UnsetType | None = UNSET
+
+
+class _PlainFrame(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A frame of the kind that a long stream is made of: beside its piece it repeats what the others said."""
+
+    choices: tuple[_Piece]
+    id: str | UnsetType = UNSET
+    kind: str | UnsetType = msgspec.field(default=UNSET, name="object")
+    created: int | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    system_fingerprint: str | UnsetType | None = UNSET
+    service_tier: str | UnsetType | None = UNSET
+    obfuscation: str | UnsetType = UNSET
+    usage: UnsetType | None = UNSET
+
+    def repeats(self) -> tuple[object, ...]:
+        """Equal for two frames that tell the same, delta, text and logprobs apart.
+
+        OpenAI's random padding only has to be there in both, since the first frame's stands for all.
+        """
+        [piece] = self.choices
+        return (
+            piece.index,
+            self.id,
+            self.created,
+            self.kind,
+            self.model,
+            self.system_fingerprint,
+            self.service_tier,
+            self.obfuscation is UNSET,
+            piece.logprobs is UNSET,
+            piece.finish_reason is UNSET,
+        )
+
+
+_plain = msgspec.json.Decoder(_PlainFrame)
+_any = msgspec.json.Decoder(Json)
+
+
+class _Answer:
+    """What the frames so far add up to.
+
+    Nearly all frames of a long stream are plain and repeat an earlier one but for their pieces. Those are read with
+    half the work, and nothing of them is kept but the pieces.
+    """
+
+    def __init__(self) -> None:
+        self._heads: list[Json] = []
+        self._usage: Any = None
+        self._choices: dict[int, _Choice] = {}
+        self._told: dict[tuple[object, ...], _Choice] = {}
+
+    def add(self, raw: bytes) -> None:
+        try:
+            plain = _plain.decode(raw)
+        except msgspec.ValidationError:
+            self._take(raw)
+            return
+        repeats = plain.repeats()
+        if (choice := self._told.get(repeats)) is not None:
+            choice.go_on(plain.choices[0])
+        else:
+            self._take(raw)
+            self._told[repeats] = self._choices[plain.choices[0].index]
+
+    def _take(self, raw: bytes) -> None:
+        """Take a frame with all of its fields, whatever they are."""
+        head = _any.decode(raw)
+        for piece in _objects(head.pop("choices", None), "choices"):
+            index = piece.get("index") or 0
+            if not isinstance(index, int):
+                raise Unfoldable("a choice whose index is no integer")
+            self._choices.setdefault(index, _Choice()).take(piece)
+        self._usage = head.pop("usage", None) or self._usage
+        self._heads.append(head)
+
+    def completion(self, operation: Operation) -> Json:
+        completion = {name: _first(values) for name, values in _columns(self._heads).items()}
+        completion["object"] = _OBJECTS[operation][0]
+        completion["choices"] = [self._choices[index].whole(index, operation) for index in sorted(self._choices)]
+        if self._usage is not None:
+            completion["usage"] = self._usage
+        return completion
+
+
+class _Choice:
+    """What one choice said, in pieces."""
+
+    __slots__ = ("_deltas", "_fields", "_logprobs", "_texts")
+
+    def __init__(self) -> None:
+        self._deltas: list[Any] = []
+        self._texts: list[Any] = []
+        self._logprobs: list[Any] = []
+        self._fields: list[Json] = []
+
+    def take(self, piece: Json) -> None:
+        """Take a piece with all of its fields, whatever they are."""
+        for name, values in (("delta", self._deltas), ("text", self._texts), ("logprobs", self._logprobs)):
+            if name in piece:
+                values.append(piece.pop(name))
+        self._fields.append(piece)
+
+    def go_on(self, piece: _Piece) -> None:
+        """Take a piece that says nothing new but these."""
+        if piece.delta is not UNSET:
+            self._deltas.append(piece.delta)
+        if piece.text is not UNSET:
+            self._texts.append(piece.text)
+        if piece.logprobs is not UNSET and piece.logprobs is not None:
+            self._logprobs.append(piece.logprobs)
+
+    def whole(self, index: int, operation: Operation) -> Json:
+        choice: Json = {"index": index}
+        if operation == "chat":
+            said = _objects([delta for delta in self._deltas if delta is not None], "deltas")
+            choice["message"] = {"role": "assistant", "content": None, **_merged(said)}
+        for name, values in (("text", self._texts), ("logprobs", self._logprobs)):
+            if values:
+                choice[name] = _continued(values)
+        return choice | {name: _last(values) for name, values in _columns(self._fields).items() if name != "index"}
+
+
+def _unfolded(completion: Json, operation: Operation, include_usage: bool) -> Iterator[Json]:
+    head = completion
+    choices = _objects(head.pop("choices", None), "choices")
     usage = head.pop("usage", None)
     head["object"] = _OBJECTS[operation][1]
     shared = {name: value for name, value in head.items() if name in _ON_EVERY_FRAME}
     no_usage = {"usage": None} if include_usage and usage is not None else {}
-    frames: list[Json] = []
+    first = True
     for choice in choices:
         for piece in _unfold_choice(choice, operation):
-            frames.append({**(shared if frames else head), "choices": [piece], **no_usage})
+            yield {**(head if first else shared), "choices": [piece], **no_usage}
+            first = False
     if include_usage and usage is not None:
-        frames.append({**shared, "choices": [], "usage": usage})
-    return [msgspec.json.encode(frame) for frame in frames]
+        yield {**shared, "choices": [], "usage": usage}
 
 
-def _fold_choice(pieces: Sequence[Json], operation: Operation) -> Json:
-    columns = _columns(pieces)
-    deltas = [delta for delta in columns.pop("delta", ()) if delta is not None]
-    choice: Json = {}
-    for name, values in columns.items():
-        choice[name] = _continued(values) if name in ("text", "logprobs") else _last(values)
-    choice.setdefault("index", 0)
-    if operation == "chat":
-        choice["message"] = {"role": "assistant", "content": None, **_merged(deltas)}
-    return choice
-
-
-def _unfold_choice(choice: Json, operation: Operation) -> Iterable[Json]:
+def _unfold_choice(choice: Json, operation: Operation) -> Iterator[Json]:
     index = choice.get("index", 0)
     ending = {name: value for name, value in choice.items() if name not in ("message", "text", "logprobs")}
     logprobs = {"logprobs": choice["logprobs"]} if "logprobs" in choice else {}
@@ -90,7 +216,10 @@ def _unfold_choice(choice: Json, operation: Operation) -> Iterable[Json]:
         yield {"index": index, "text": choice.get("text", ""), **logprobs, "finish_reason": None}
         yield {**ending, "text": "", **silent}
         return
-    said, content, tool_calls = _parts(choice.get("message") or {})
+    message = choice.get("message") or {}
+    if not isinstance(message, dict):
+        raise Unfoldable("a message that is no object")
+    said, content, tool_calls = _parts(message)
     yield {"index": index, "delta": said, **silent, "finish_reason": None}
     if content or logprobs.get("logprobs") is not None:
         yield {"index": index, "delta": content, **logprobs, "finish_reason": None}
@@ -146,6 +275,8 @@ def _fold_tool_calls(values: Sequence[Any]) -> list[Json] | None:
             last = piece["index"]
         elif piece.get("id"):
             last = piece["id"]
+        if not isinstance(last, int | str):
+            raise Unfoldable("a tool call whose index or id is neither a number nor a text")
         calls.setdefault(last, []).append({name: value for name, value in piece.items() if name != "index"})
     if not calls and all(value is None for value in values):
         return None
@@ -174,6 +305,15 @@ def _columns(objects: Iterable[Json]) -> dict[str, list[Any]]:
         for name, value in fields.items():
             columns.setdefault(name, []).append(value)
     return columns
+
+
+def _objects(value: Any, noun: str) -> list[Json]:
+    if value is None:
+        return []
+    if not _is_list_of_objects(value):
+        raise Unfoldable(f"{noun} that are no list of objects")
+    objects: list[Json] = value
+    return objects
 
 
 def _is_list_of_objects(value: Any) -> bool:

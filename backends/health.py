@@ -78,6 +78,10 @@ class Ejections:
         record.ejected_until = self.now() + min(self.base_s * 2 ** (record.ejections - 1), self.cap_s)
         return True
 
+    def forget(self, name: str) -> None:
+        """Another backend goes by this name from now on."""
+        self._records.pop(name, None)
+
     def abandoned(self, name: str) -> None:
         """An attempt ended without saying anything about the backend, such as by its client leaving."""
         record = self._records.get(name)

@@ -114,7 +114,7 @@ class ScriptedBackend:
                 raise BackendUnreachable("the backend is closed", backend=self._name, model=call.model)
             frames = []
             for step in _steps(call, script, self._name):
-                if isinstance(step, float):
+                if not isinstance(step, bytes):
                     await clock.pass_time(step)
                 elif call.request.stream:
                     event = parse_event(step)

@@ -41,12 +41,13 @@ class Slots(Protocol):
 class ImmediateSlots:
     """A bound per backend on calls in flight in this worker, and no queue."""
 
-    def __init__(self, limits: Mapping[str, int]) -> None:
-        self._limits = limits
+    def __init__(self) -> None:
+        self.limits: Mapping[str, int] = {}
+        """By backend; one that is not named has none. Replaced as a whole when the policy changes."""
         self._taken: Counter[str] = Counter()
 
     async def acquire(self, backend: str, flow: Flow, *, deadline: float) -> Slot:
-        limit = self._limits.get(backend)
+        limit = self.limits.get(backend)
         if limit is not None and self._taken[backend] >= limit:
             raise BackendOverloaded(
                 f"backend '{backend}' has all of its {limit} places taken", backend=backend, retry_after_s=1.0

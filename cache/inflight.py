@@ -22,19 +22,21 @@ H = TypeVar("H")
 
 MAX_LAG_BYTES = 1024 * 1024
 MAX_SHARED_BYTES = 8 * 1024 * 1024
-"""Past this much answer a flight takes no late joiners, so that it need not keep its prefix for them."""
+"""Past this much answer a flight takes no late joiners, and lets go of what all of its followers have taken."""
 
 
 class Task(Protocol):
     def add_done_callback(self, done: Callable[[Any], object], /) -> object: ...
 
 
-Spawn = Callable[[Coroutine[Any, Any, None]], Task]
-"""Starts a coroutine in the worker's background group, which owns it from then on."""
+class Spawn(Protocol):
+    """Starts a coroutine in the worker's background group, which owns it from then on and may ask it to `end`."""
+
+    def __call__(self, work: Coroutine[Any, Any, None], end: Callable[[], object], /) -> Task: ...
 
 
 class FlightAbandoned(Exception):
-    """Nobody was listening any more, so the flight was cancelled."""
+    """The flight was cancelled: nobody was listening any more, or the worker stops."""
 
 
 class Flight(Generic[H]):
@@ -43,7 +45,8 @@ class Flight(Generic[H]):
     def __init__(self, *, max_lag_bytes: int = MAX_LAG_BYTES) -> None:
         self._max_lag_bytes = max_lag_bytes
         self._events: list[Event] = []
-        self._ends: list[int] = []  # running total of bytes after each event
+        self._let_go = 0  # events before those
+        self._published_bytes = 0
         self._head: H | None = None
         self._error: Exception | None = None
         self._done = False
@@ -59,7 +62,7 @@ class Flight(Generic[H]):
 
     @property
     def published_bytes(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._published_bytes
 
     def commit(self, head: H) -> None:
         """Publish the head. From here on a failure can only end the answer, not replace it."""
@@ -69,7 +72,7 @@ class Flight(Generic[H]):
     async def publish(self, event: Event) -> None:
         """Hand an event to every follower; wait while all of them lag too far behind."""
         self._events.append(event)
-        self._ends.append(self.published_bytes + len(event.raw))
+        self._published_bytes += len(event.raw)
         self._wake()
         while self._followers and self._least_lag_bytes() > self._max_lag_bytes:
             self._producer = asyncio.get_running_loop().create_future()
@@ -84,45 +87,61 @@ class Flight(Generic[H]):
         self.on_landed()
         self._wake()
 
+    def abort(self) -> None:
+        """Cancel the flight: its followers are told at once, what it shields still comes to its end."""
+        self.land(FlightAbandoned())
+        self.scope.cancel()  # before the producer could be woken, so that it does not take another step
+
     def join(self) -> Follower[H]:
+        """A new follower, from the first event on. Only while the flight is `joinable`."""
         follower = Follower(self)
         self._followers.add(follower)
         return follower
 
     @property
+    def landed(self) -> bool:
+        return self._done
+
+    @property
     def joinable(self) -> bool:
-        return not self._done and self.published_bytes <= MAX_SHARED_BYTES
+        return not self._done and self._published_bytes <= MAX_SHARED_BYTES
+
+    def _since(self, position: int) -> list[Event]:
+        return self._events[position - self._let_go :]
 
     def _least_lag_bytes(self) -> int:
-        total = self.published_bytes
-        return min(total - (self._ends[f.position - 1] if f.position else 0) for f in self._followers)
+        return self._published_bytes - max(follower.taken_bytes for follower in self._followers)
 
     def _wake(self) -> None:
         for follower in self._followers:
             follower.wake()
 
     def _advanced(self) -> None:
+        if not self.joinable and self._followers:
+            taken_by_all = min(follower.position for follower in self._followers)
+            del self._events[: taken_by_all - self._let_go]
+            self._let_go = taken_by_all
         if self._producer is not None and not self._producer.done():
             self._producer.set_result(None)
 
     def _leave(self, follower: Follower[H]) -> None:
         self._followers.discard(follower)
         if not self._followers and not self._done:
-            self.land(FlightAbandoned())
-            self.scope.cancel()  # before the producer could be woken, so that it does not take another step
+            self.abort()
         self._advanced()
 
 
 class Follower(Generic[H]):
     """One listener of a flight, with its own place in it."""
 
-    __slots__ = ("_flight", "_waiting", "position")
+    __slots__ = ("_flight", "_waiting", "position", "taken_bytes")
 
     def __init__(self, flight: Flight[H]) -> None:
         self._flight = flight
         self._waiting: asyncio.Future[None] | None = None
         self.position = 0
         """Number of events taken so far."""
+        self.taken_bytes = 0
 
     async def head(self) -> H:
         """The flight's head, once it is committed. Raises the flight's error where it fails before that."""
@@ -139,14 +158,14 @@ class Follower(Generic[H]):
         Raises the flight's error once every event before it was taken.
         """
         flight = self._flight
-        while self.position == len(flight._events):
+        while not (events := flight._since(self.position)):
             if flight._done:
                 if flight._error is not None:
                     raise flight._error
                 return []
             await self._wait()
-        events = flight._events[self.position :]
-        self.position = len(flight._events)
+        self.position += len(events)
+        self.taken_bytes = flight.published_bytes
         flight._advanced()
         return events
 
@@ -169,8 +188,10 @@ class Flights(Generic[H]):
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
         self._by_key: dict[str, Flight[H]] = {}
+        self._in_air: set[Flight[H]] = set()
 
     def __len__(self) -> int:
+        """Flights that others may join."""
         return len(self._by_key)
 
     def join(self, key: str | None) -> Follower[H] | None:
@@ -188,10 +209,22 @@ class Flights(Generic[H]):
         if key is not None and key not in self._by_key:
             self._by_key[key] = flight
             flight.on_landed = lambda: self._by_key.pop(key)
-        task = self._spawn(self._run(flight, fly))
-        # A task that is cancelled before its first step never gets to run the `finally` below.
-        task.add_done_callback(lambda _: flight.land(FlightAbandoned()))
+        self._in_air.add(flight)
+        self._spawn(self._run(flight, fly), flight.scope.cancel).add_done_callback(lambda _: self._gone(flight))
         return follower
+
+    def abort_all(self) -> None:
+        """End every flight now, the private ones too: their followers are told `FlightAbandoned`.
+
+        Those that have landed and are still at their own business, such as keeping the answer, are left to it.
+        """
+        for flight in tuple(self._in_air):
+            if not flight.landed:
+                flight.abort()
+
+    def _gone(self, flight: Flight[H]) -> None:
+        self._in_air.discard(flight)
+        flight.land(FlightAbandoned())  # a task that is cancelled before its first step never ran the `finally` below
 
     async def _run(self, flight: Flight[H], fly: Callable[[Flight[H]], Awaitable[None]]) -> None:
         if flight._done:

@@ -35,12 +35,17 @@ EXCLUDED = frozenset(
 
 
 class UnreadableField(Exception):
-    """A field holds JSON that no value of ours can stand for, such as a number beyond a float. `field` names it."""
+    """A field holds JSON that no value of ours can stand for: a number beyond a float, or nesting beyond the stack.
+
+    `field` names it.
+    """
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"'{field}': {reason}")
         self.field = field
 
+
+_TOO_DEEP = "it is nested too deeply"
 
 _encoder = msgspec.json.Encoder(order="sorted")
 _decode = msgspec.json.Decoder().decode
@@ -73,16 +78,24 @@ def canonical_request(request: ChatRequest) -> bytes:
         source = bytes(raw)
         try:
             value = _decode(source)
+            if type(value) is float and value.is_integer():
+                value = int(value)
+            elif not source.isascii() or b"\\u" in source:
+                value = _nfc(value)
         except msgspec.DecodeError as error:
             raise UnreadableField(name, str(error)) from None
-        if value is None:
-            continue
-        if type(value) is float and value.is_integer():
-            value = int(value)
-        elif not source.isascii() or b"\\u" in source:
-            value = _nfc(value)
-        fields[name] = value
-    return _encoder.encode([CANONICAL_VERSION, request.operation, fields])
+        except RecursionError:
+            raise UnreadableField(name, _TOO_DEEP) from None
+        if value is not None:
+            fields[name] = value
+    try:
+        return _encoder.encode([CANONICAL_VERSION, request.operation, fields])
+    except RecursionError:
+        # Together they stand two levels deeper than when each was read. The one with most brackets it will be.
+        brackets = {
+            name: bytes(request.fields[name]).count(b"[") + bytes(request.fields[name]).count(b"{") for name in fields
+        }
+        raise UnreadableField(max(brackets, key=brackets.__getitem__), _TOO_DEEP) from None
 
 
 def exact_key(tenant: Tenant, canonical: bytes, scope: AnswerScope) -> str:

@@ -8,6 +8,7 @@ import msgspec
 
 from backends.attempts import FailedAttempt
 from backends.chat import Event, Usage
+from policies.admission import Admitted
 from routing.decision import Decision
 
 CacheVerdict = Literal["exact", "semantic", "coalesced", "miss", "bypass"]
@@ -48,6 +49,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     route: str | None
     overhead_s: float
     """Forebay's own share of the time until the answer began: everything but waiting for an engine."""
+    admitted: Admitted
+    """What is left of the tenant's request rate."""
     head: Head | None = None
     """None for an answer from a cache."""
     age_s: float | None = None

@@ -6,6 +6,7 @@ ended, in the opposite order. The command line, the tests and the benchmarks all
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 import time
@@ -24,6 +25,7 @@ from litestar import Litestar
 
 from backends.attempts import Attempts
 from backends.backend import Backend
+from backends.chat import Operation
 from backends.fan_out import FanOut
 from backends.health import Ejections, RetryBudget
 from backends.llamacpp import LlamaCppBackend
@@ -71,6 +73,21 @@ class EngineNotRunning(Exception):
     """A policy names a local engine that this process tree did not start."""
 
 
+class Engine(msgspec.Struct, frozen=True, kw_only=True):
+    """A local engine as the supervisor started it."""
+
+    url: str
+    weights: str
+    threads: int
+    slots: int
+    context_tokens: int
+
+    def runs(self, spec: LlamaCppBackendSpec) -> bool:
+        """Whether this is the engine that `spec` asks for."""
+        asked = (spec.weights, spec.threads, spec.slots, spec.context_tokens)
+        return asked == (self.weights, self.threads, self.slots, self.context_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """A worker at work: its ASGI application and the parts that others ask about."""
@@ -90,7 +107,7 @@ class Gateway:
     def begin_drain(self, within_s: float) -> None:
         """Stop being ready now; let answers in flight finish for `within_s` seconds, then end them with an error."""
         self.health.draining = True
-        self.background.cancel_spawned_after(within_s)
+        asyncio.get_running_loop().call_later(within_s, self.pipeline.abort)
 
 
 def load_root_secret(settings: Settings) -> RootSecret:
@@ -136,8 +153,7 @@ async def open_gateway(
         store = await stack.enter_async_context(open_store(settings, root))
         session = new_session()
         stack.push_async_callback(session.close)
-        background = await stack.enter_async_context(Background(record.task_crashed))
-
+        loops = await stack.enter_async_context(Background(record.task_crashed))
         redis = {
             name: SharedState(
                 name,
@@ -149,19 +165,21 @@ async def open_gateway(
             if url
         }
         for shared in redis.values():
-            background.keep(shared.run(), f"redis {shared.name}")
+            loops.keep(shared.run, f"redis {shared.name}")
             stack.push_async_callback(shared.aclose)
         for shared in redis.values():
             await shared.available(within_s=REDIS_UP_WITHIN_S)
 
         build = _Builder(settings, session, backends or {}, clock)
         watch = _watch_policy(settings, environment, build, record)
-        background.keep(watch.run(), "policy watch")
+        loops.keep(watch.run, "policy watch")
 
         keys = KeyRing(store, root)
         await keys.poll_once()
-        background.keep(keys.run(), "key ring")
+        loops.keep(keys.run, "key ring")
 
+        # Entered last, so that flights end while everything that they settle and store with still runs.
+        background = await stack.enter_async_context(Background(record.task_crashed))
         ledger = MemoryLedger(now=clock)
         pipeline = Pipeline(
             admission=Unlimited(),
@@ -176,11 +194,11 @@ async def open_gateway(
             clock=clock,
             now=time.time,
             jitter=random.random,
-            fresh_id=lambda: f"chatcmpl-{secrets.token_hex(12)}",
+            fresh_id=_fresh_completion_id,
         )
-        background.keep(pipeline.renew_leases(), "lease renewal")
+        loops.keep(pipeline.renew_leases, "lease renewal")
 
-        health = Health(watch=watch, keys=keys, redis=redis, runtime_dir=settings.runtime_dir)
+        health = Health(watch=watch, keys=keys, redis=redis, loops=loops, runtime_dir=settings.runtime_dir)
         metrics.build_info.labels(version("forebay")).set(1)
         app = build_app(
             settings=settings,
@@ -253,24 +271,29 @@ class _Builder:
     ) -> None:
         self._session = session
         self._given = given
-        self._engines = msgspec.json.decode(settings.engines, type=dict[str, str])
+        self._engines = msgspec.json.decode(settings.engines, type=dict[str, Engine])
         self._built: dict[str, tuple[BackendSpec, Backend]] = {}
         self._ejections = Ejections(now=clock)
+        self._slots = ImmediateSlots()
+        self._budget = RetryBudget(ratio=0.0)
 
     def backend(self, name: str, spec: BackendSpec) -> Backend:
         if name in self._given:
             return self._given[name]
         built = self._built.get(name)
         if built is None or built[0] != spec:
+            if built is not None:
+                self._ejections.forget(name)
             built = self._built[name] = (spec, self._new(name, spec))
         return built[1]
 
     def attempts(self, file: PolicyFile) -> Attempts:
-        limits = {name: spec.max_concurrent for name, spec in file.backends.items() if spec.max_concurrent}
+        self._slots.limits = {name: spec.max_concurrent for name, spec in file.backends.items() if spec.max_concurrent}
+        self._budget.ratio = file.retries.budget
         return Attempts(
             ejections=self._ejections,
-            budget=RetryBudget(ratio=file.retries.budget),
-            slots=ImmediateSlots(limits),
+            budget=self._budget,
+            slots=self._slots,
             max_attempts=file.retries.max_attempts,
             jitter=random.random,
         )
@@ -293,13 +316,22 @@ class _Builder:
         return FanOut(self._llamacpp(name, spec), 1, one_prompt=True)
 
     def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
-        url = spec.url or self._engines.get(name)
-        if url is None:
-            raise EngineNotRunning(
-                f"backend '{name}' has `weights`, and local engines are started with the gateway: restart it"
-            )
+        url = spec.url or self._engine_url(name, spec)
         template = None if spec.chat_template is None else ChatTemplate(spec.chat_template, now=_utc_now)
         return LlamaCppBackend(name, url, session=self._session, chat_template=template, stop=spec.stop)
+
+    def _engine_url(self, name: str, spec: LlamaCppBackendSpec) -> str:
+        engine = self._engines.get(name)
+        if engine is None or not engine.runs(spec):
+            raise EngineNotRunning(
+                f"backend '{name}' needs a local engine with these weights, threads, slots and context_tokens, and"
+                " engines are started with the gateway: restart it"
+            )
+        return engine.url
+
+
+def _fresh_completion_id(operation: Operation) -> str:
+    return f"{'chatcmpl' if operation == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
 
 
 def _utc_now() -> datetime:

@@ -163,13 +163,20 @@ class Child:
             self._gone.set()
         self._tell("stopped")
 
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM, once; from here on the child is not started again."""
+        if self._stop_asked.is_set():
+            return
+        self._stop_asked.set()
+        if not self._gone.is_set():
+            self._set("stopping")
+            self.signal(signal.SIGTERM)
+
     async def stop(self) -> None:
         """End the child for good: SIGTERM, then SIGKILL when its grace is over or the caller is cancelled."""
-        self._stop_asked.set()
+        self.ask_to_stop()
         if self._gone.is_set():
             return
-        self._set("stopping")
-        self.signal(signal.SIGTERM)
         try:
             with anyio.move_on_after(self.spec.stop_grace_s):
                 await self._gone.wait()

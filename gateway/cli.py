@@ -9,39 +9,36 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import uvloop
 from cyclopts import App, Parameter
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from backends.templates import template_fault
-from gateway.app import load_root_secret, open_store
 from gateway.children import ChildEvent
+from gateway.cli_keys import AsJson, DataDir, UnclearRequest, keys_app
 from gateway.errors import RequestError
 from gateway.explain import Explanation, explain_request
 from gateway.openai.translate import read_chat
 from gateway.processes import AlreadyRunning, CannotListen
 from gateway.serve import Announcement, serve
-from gateway.settings import SECRET_FIELDS, SUPERVISOR_FIELDS, ResolvedSettings, SettingError, resolve_settings
+from gateway.settings import ENVIRONMENT_PREFIX, ResolvedSettings, SettingError, Settings, resolve_settings, shown
 from gateway.snapshot import UnknownModel
+from gateway.terminal import report, say, say_table
 from gateway.worker import run_worker
-from policies.load import load_policy
-from policies.mistakes import PolicyError
+from policies.interpolation import referenced
+from policies.load import load_policy, read_policy
+from policies.mistakes import PolicyError, nearest
 from policies.schema import policy_schema
 from policies.secrets import RootSecretTooShort
 from policies.store import Store, StoreError
-from policies.tenant import NewKey
 from routing.decision import NoEligibleModel
-
-T = TypeVar("T")
 
 DEMO_POLICY = Path(__file__).parent.parent / "policies" / "demo.yaml"
 
@@ -61,11 +58,9 @@ app = App(
     Every option of `serve` can be given as FOREBAY_<NAME> too; `forebay config` shows what is in force and from where.
     """,
 )
-keys_app = App(name="keys", help="Create, list and revoke API keys.")
 app.command(keys_app)
 
 PolicyPath = Annotated[Path, Parameter(help="A policy file (YAML).")]
-DataDir = Annotated[str | None, Parameter(help="Where state that must survive is kept. Default: .forebay")]
 
 
 @app.command(name="serve")
@@ -78,7 +73,7 @@ def serve_command(
     port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one. Default: 8080")] = None,
     workers: Annotated[int | None, Parameter(help="Worker processes; one per core is right. Default: 1")] = None,
     data_dir: DataDir = None,
-    log_format: Annotated[str | None, Parameter(help="console or json. Default: console")] = None,
+    log_format: Annotated[Literal["console", "json"] | None, Parameter(help="Default: console")] = None,
 ) -> int:
     """Serve a policy: workers, embedded Valkeys, and the local models that the policy names."""
     options = {
@@ -133,13 +128,10 @@ def check(policy: PolicyPath, /) -> int:
     """Read a policy and name every mistake with its line, column and remedy. Exit status 2 where there is one."""
     loaded = load_policy(policy, os.environ, template_fault)
     for warning in loaded.warnings:
-        _console().print(f"[yellow]warning[/] {warning}", highlight=False)
+        say(("warning", "yellow"), f" {warning}")
     file = loaded.file
-    _console().print(
-        f"[green]ok[/] {loaded.label}: {len(file.routes)} routes, {len(file.models)} models, "
-        f"{len(file.backends)} backends",
-        highlight=False,
-    )
+    counted = f"{len(file.routes)} routes, {len(file.models)} models, {len(file.backends)} backends"
+    say(("ok", "green"), f" {loaded.label}: {counted}")
     return 0
 
 
@@ -153,7 +145,7 @@ def explain(
         Path | None, Parameter(help="A file with the JSON body of a chat completion; - reads stdin.")
     ] = None,
     model: Annotated[str, Parameter(help="Route or model to ask for, with --prompt.")] = "auto",
-    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
+    json: AsJson = False,
 ) -> int:
     """Say what a policy would do with a request, and why, without calling a model."""
     if (prompt is None) == (request is None):
@@ -172,26 +164,20 @@ def explain(
 
 
 @app.command
-def config(
-    *, json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False, data_dir: DataDir = None
-) -> int:
-    """Show every setting in force, and where its value came from."""
+def config(*, json: AsJson = False, data_dir: DataDir = None) -> int:
+    """Show every setting in force, and where its value came from. No secret and no password is shown."""
     resolved = resolve_settings({"data_dir": data_dir})
-    shown = {
-        name: "(set, not shown)" if name in SECRET_FIELDS and value else value
-        for name, value in msgspec.structs.asdict(resolved.settings).items()
-        if name not in SUPERVISOR_FIELDS
-    }
+    settings = shown(resolved.settings)
     if json:
-        rows = {name: {"value": value, "origin": resolved.origins[name]} for name, value in shown.items()}
+        rows = {name: {"value": value, "origin": resolved.origins[name]} for name, value in settings.items()}
         print(msgspec.json.format(msgspec.json.encode(rows)).decode())
         return 0
     table = Table("setting", "value", "from", box=SIMPLE, pad_edge=False)
-    for name, value in shown.items():
+    for name, value in settings.items():
         table.add_row(name, str(value), resolved.origins[name])
-    _print_table(table)
-    for variable in resolved.unknown:
-        _console().print(f"[yellow]note[/] {variable} names no setting (a policy may use it)", highlight=False)
+    say_table(table)
+    policy = resolved.settings.policy
+    _note_unknown(resolved, referenced(read_policy(Path(policy)).decode(errors="replace")) if policy else frozenset())
     return 0
 
 
@@ -209,93 +195,14 @@ def worker(*, fd: int) -> int:
     return 0
 
 
-@keys_app.command(name="create")
-def create_key(
-    *,
-    tenant: Annotated[str, Parameter(help="The tenant's name or id. A new name makes a new tenant.")],
-    organisation: Annotated[
-        str | None, Parameter(help="Organisation of a new tenant. Default: the tenant's name.")
-    ] = None,
-    name: Annotated[str, Parameter(help="What the key is for.")] = "",
-    model: Annotated[list[str] | None, Parameter(help="Allow only this model or route; repeat for more.")] = None,
-    debug: Annotated[bool, Parameter(help="Let it ask for x-forebay-debug.", negative="")] = False,
-    expires: Annotated[datetime | None, Parameter(help="Day it ends (UTC), like 2027-01-31.")] = None,
-    json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False,
-    data_dir: DataDir = None,
-) -> int:
-    """Create an inference key. It is shown once and cannot be read back."""
-
-    async def create(store: Store) -> NewKey:
-        tenant_id = await _tenant_id(store, tenant, organisation)
-        return await store.create_key(
-            tenant_id,
-            name=name,
-            allowed_models=frozenset(model) if model else None,
-            may_debug=debug,
-            expires_at=int(expires.replace(tzinfo=expires.tzinfo or UTC).timestamp()) if expires else None,
-        )
-
-    new_key = _with_store(data_dir, create)
-    if json:
-        print(
-            msgspec.json.encode(
-                {"key": new_key.key, "id": new_key.record.id, "tenant_id": new_key.record.tenant_id}
-            ).decode()
-        )
-        return 0
-    print(new_key.key)
-    _errors().print(
-        f"Key {new_key.record.id} of tenant {new_key.record.tenant_name}. It is not shown again.", highlight=False
-    )
-    return 0
-
-
-@keys_app.command(name="list")
-def list_keys(
-    *, json: Annotated[bool, Parameter(help="Print JSON.", negative="")] = False, data_dir: DataDir = None
-) -> int:
-    """List keys: what they are for and whether they work, never the keys themselves."""
-    records = _with_store(data_dir, lambda store: store.list_keys())
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(records)).decode())
-        return 0
-    table = Table(box=SIMPLE, pad_edge=False)
-    for column in ("id", "key", "role", "tenant", "name", "models", "state"):
-        table.add_column(column, no_wrap=column in ("id", "key"))
-    now = datetime.now(UTC).timestamp()
-    for record in records:
-        state = (
-            f"revoked {_day(record.revoked_at)}"
-            if record.revoked_at is not None
-            else f"expired {_day(record.expires_at)}"
-            if record.expires_at is not None and record.expires_at <= now
-            else f"until {_day(record.expires_at)}"
-            if record.expires_at is not None
-            else "active"
-        )
-        models = "all" if record.allowed_models is None else ", ".join(sorted(record.allowed_models))
-        table.add_row(record.id, f"{record.prefix}…", record.role, record.tenant_name or "", record.name, models, state)
-    _print_table(table)
-    return 0
-
-
-@keys_app.command(name="revoke")
-def revoke_key(
-    key_id: Annotated[str, Parameter(help="The key's id, see `forebay keys list`.")], /, *, data_dir: DataDir = None
-) -> int:
-    """Revoke a key: running workers refuse it within a second."""
-    record = _with_store(data_dir, lambda store: store.revoke_key(key_id))
-    print(f"revoked {record.id} ({record.prefix}…)")
-    return 0
-
-
-def main() -> None:
-    """The console script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script, on `arguments` or those of the process. Raises SystemExit."""
     try:
-        sys.exit(app(result_action="return_value"))
+        sys.exit(app(arguments, result_action="return_value"))
     except (
         PolicyError,
         SettingError,
+        UnclearRequest,
         RequestError,
         UnknownModel,
         NoEligibleModel,
@@ -313,48 +220,28 @@ def _serve(
     on_serving: Callable[[Announcement], None],
     prepare: Callable[[Store], Coroutine[Any, Any, None]] | None = None,
 ) -> int:
+    policy = read_policy(Path(resolved.settings.policy))
+    _note_unknown(resolved, referenced(policy.decode(errors="replace")))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
             serve(resolved.settings, environment, on_event=_print_child_event, on_serving=on_serving, prepare=prepare)
         )
 
 
-def _with_store(data_dir: str | None, work: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
-    settings = resolve_settings({"data_dir": data_dir}).settings
-
-    async def run() -> T:
-        async with open_store(settings, load_root_secret(settings)) as store:
-            return await work(store)
-
-    return asyncio.run(run())
-
-
-async def _tenant_id(store: Store, tenant: str, organisation: str | None) -> str:
-    for known in await store.list_tenants():
-        if tenant in (known.id, known.name):
-            return known.id
-    wanted = organisation or tenant
-    for owner in await store.list_organisations():
-        if wanted in (owner.id, owner.name):
-            return (await store.create_tenant(owner.id, tenant)).id
-    return (await store.create_tenant((await store.create_organisation(wanted)).id, tenant)).id
-
-
 def _print_child_event(event: ChildEvent) -> None:
     style = {"died": "yellow", "failed": "red", "killed": "red", "ready": "green"}.get(event.kind, "dim")
-    _errors().print(f"  process  [{style}]{event}[/]", highlight=False)
+    report("  process  ", (str(event), style))
 
 
 def _announce_serving(announcement: Announcement) -> None:
-    console = _errors()
     for warning in announcement.policy.warnings:
-        console.print(f"  [yellow]warning[/]  {warning}", highlight=False)
-    console.print(f"\nServing [bold]{announcement.policy.label}[/] on [bold]{announcement.url}[/]", highlight=False)
+        report("  ", ("warning", "yellow"), f"  {warning}")
+    report("\nServing ", (announcement.policy.label, "bold"), " on ", (announcement.url, "bold"))
     if announcement.owner_key is not None:
-        console.print(
-            f"First start: the owner's admin key, shown only this once:\n  [bold]{announcement.owner_key.key}[/]",
-            highlight=False,
-        )
+        report("First start: the owner's admin key, shown only this once:\n  ", (announcement.owner_key.key, "bold"))
+    if announcement.owner_key_trouble:
+        remedy = "where there is none yet, `forebay keys create --admin owner` makes one"
+        report("  ", ("warning", "yellow"), f"  no owner's key was made: {announcement.owner_key_trouble}; {remedy}")
 
 
 def _print_first_steps(url: str, key: str) -> None:
@@ -386,48 +273,35 @@ Stop with Ctrl-C.
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    console = _console()
-    console.print(f"policy     {explanation.policy}", highlight=False)
-    console.print(f"asked for  {explanation.asked_for}" + ("" if explanation.route else " (a model)"), highlight=False)
+    say(f"policy     {explanation.policy}")
+    say(f"asked for  {explanation.asked_for}", "" if explanation.route else " (a model)")
     if explanation.score is not None:
-        console.print(
-            f"difficulty {explanation.score.value:.4f} by {explanation.score.scorer}"
-            + (f", threshold {explanation.threshold:g}" if explanation.threshold is not None else ""),
-            highlight=False,
-        )
+        threshold = f", threshold {explanation.threshold:g}" if explanation.threshold is not None else ""
+        say(f"difficulty {explanation.score.value:.4f} by {explanation.score.scorer}{threshold}")
         for name, value in explanation.score.features.items():
             if value:
-                console.print(f"           {name} {value:g}", highlight=False)
-    console.print(f"decision   [bold]{explanation.candidates[0].model}[/] ({explanation.reason})", highlight=False)
+                say(f"           {name} {value:g}")
+    say("decision   ", (explanation.candidates[0].model, "bold"), f" ({explanation.reason})")
     table = Table("candidate", "backends", "reserves tokens", "reserves USD", box=SIMPLE, pad_edge=False)
     for candidate in explanation.candidates:
         table.add_row(
             candidate.model, ", ".join(candidate.backends), str(candidate.reserved_tokens), candidate.reserved_usd
         )
-    _print_table(table)
+    say_table(table)
     for rejection in explanation.rejected:
-        console.print(f"not        {rejection.model}: {rejection.reason}", highlight=False)
-    console.print(f"cache      {explanation.cache}", highlight=False)
-    console.print(f"prompt     about {explanation.prompt_tokens} tokens", highlight=False)
+        say(f"not        {rejection.model}: {rejection.reason}")
+    say(f"cache      {explanation.cache}")
+    say(f"prompt     about {explanation.prompt_tokens} tokens")
 
 
-def _print_table(table: Table) -> None:
-    """As wide as its content: an id that is cut off cannot be pasted."""
-    Console(width=1000).print(table)
-
-
-def _day(unix_s: int) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).date().isoformat()
+def _note_unknown(resolved: ResolvedSettings, referenced: frozenset[str]) -> None:
+    """Say which variables look like settings and are none, nor used by the policy."""
+    for variable in resolved.unknown:
+        if variable not in referenced:
+            near = nearest(variable, (f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.__struct_fields__))
+            report(("note", "dim"), f" {variable} names no setting", f"; did you mean {near}?" if near else "")
 
 
 def _fail(message: str, status: int = 2) -> int:
-    _errors().print(f"[red]error[/] {message}" if "\n" not in message else message, highlight=False, soft_wrap=True)
+    report(("error ", "red") if "\n" not in message else "", message)
     return status
-
-
-def _console() -> Console:
-    return Console(soft_wrap=True)
-
-
-def _errors() -> Console:
-    return Console(stderr=True)

@@ -26,6 +26,7 @@ from cache.key import UnreadableField
 from gateway.auth import InvalidKey, KeyExpired, MissingKey, StoreUnavailable
 from gateway.snapshot import UnknownModel
 from policies.ledger import QuotaExceeded
+from policies.store import StoreUnreachable
 from routing.decision import NoEligibleModel
 
 
@@ -78,7 +79,7 @@ class AdminForbidden(RequestError):
 
 
 class DeadlinePassed(Exception):
-    """The request's time was up before its answer began."""
+    """The request's time was up."""
 
 
 class Rendered(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +191,9 @@ TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
     MissingKey: _key_error("missing_api_key"),
     InvalidKey: _key_error("invalid_api_key"),
     KeyExpired: _key_error("expired_api_key"),
+    StoreUnreachable: lambda error: Rendered(
+        status=503, type=_SERVER, code="store_unavailable", message="the record does not answer", retry_after_s=1.0
+    ),
     StoreUnavailable: lambda error: Rendered(
         status=503,
         type=_SERVER,
@@ -210,7 +214,7 @@ TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
         502, "backend_refused_credentials", "the model refused the gateway's credentials; its operator has to act"
     ),
     DeadlinePassed: lambda error: Rendered(
-        status=504, type=_SERVER, code="deadline_passed", message="the request's time was up before its answer began"
+        status=504, type=_SERVER, code="deadline_passed", message="the request's time was up"
     ),
     FlightAbandoned: lambda error: Rendered(
         status=503, type=_SERVER, code="shutting_down", message="the gateway is shutting down", retry_after_s=1.0

@@ -7,6 +7,7 @@ import msgspec
 from backends.chat import ChatRequest
 from backends.tokens import BytesPerToken
 from gateway.openai.endpoint import usd
+from gateway.pipeline import DEFAULT_TEMPERATURE
 from gateway.snapshot import UnknownModel, cards
 from policies.routing_policy import Policy, ThresholdRouteSpec
 from routing.cost import FixedOutputLength, estimate
@@ -74,6 +75,7 @@ def _cache_verdict(policy: Policy, request: ChatRequest) -> str:
     exact = policy.file.cache.exact
     if not exact.enabled:
         return "bypass: the policy has the exact cache off"
-    if request.temperature is not None and request.temperature > exact.max_temperature:
-        return f"bypass: temperature {request.temperature:g} is above the policy's {exact.max_temperature:g}"
+    temperature = DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
+    if temperature > exact.max_temperature:
+        return f"bypass: temperature {temperature:g} is above the policy's {exact.max_temperature:g}"
     return f"looked up, and kept for {exact.ttl:g} s if the answer may be"

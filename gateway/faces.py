@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from litestar import Litestar, MediaType, Request, Response, asgi, get
+from litestar import Litestar, MediaType, Request, Response, asgi, get, head
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
@@ -73,10 +73,15 @@ def build_app(
     def healthz() -> str:
         return "ok\n"
 
-    @get("/readyz", summary="Ready to serve, and what is wrong where not")
-    async def readyz() -> Response[Any]:
+    @head("/healthz", sync_to_thread=False, summary="Alive")
+    def healthz_head() -> None:
+        return None
+
+    @get("/readyz", summary="Ready to serve, and what is wrong where not; an admin key sees the details")
+    async def readyz(request: Request[Any, Any, Any]) -> Response[Any]:
         report = await health.report()
-        return Response(report, status_code=200 if report.ready else 503, media_type=MediaType.JSON)
+        shown = report if await _is_administrator(keys, request) else report.for_anybody()
+        return Response(shown, status_code=200 if report.ready else 503, media_type=MediaType.JSON)
 
     @get("/metrics", sync_to_thread=True, summary="Prometheus metrics of all workers")
     def prometheus() -> Response[bytes]:
@@ -101,6 +106,7 @@ def build_app(
             inference("/v1/completions", read_completion),
             *models.handlers(),
             healthz,
+            healthz_head,
             readyz,
             prometheus,
             admin_router(AdminDependencies(keys=keys, watch=watch, store=store)),
@@ -118,6 +124,17 @@ def build_app(
     )
     add_hot_routes(app.openapi_schema)
     return app
+
+
+async def _is_administrator(keys: KeyRing, request: Request[Any, Any, Any]) -> bool:
+    authorization = request.headers.get("authorization")
+    if authorization is None:
+        return False
+    try:
+        await keys.lookup_administrator(authorization.encode("latin-1"))
+    except AuthError:
+        return False
+    return True
 
 
 def fresh_request_id() -> str:

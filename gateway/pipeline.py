@@ -17,11 +17,12 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import anyio
+import anyio.to_thread
 
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt, OpenAnswer
 from backends.catalog import ModelCard
-from backends.chat import ChatRequest, Event, Usage
-from backends.errors import BackendProtocolError
+from backends.chat import ChatRequest, Event, Operation, Usage
+from backends.errors import BackendProtocolError, BackendTimeout
 from backends.fold import fold
 from backends.slots import Flow
 from backends.tokens import BytesPerToken
@@ -35,12 +36,21 @@ from gateway.answer import Answer, CacheVerdict, Head
 from gateway.context import RequestContext
 from gateway.errors import DeadlinePassed, ModelNotAllowed
 from gateway.snapshot import UnknownModel
-from policies.admission import Admission
+from policies.admission import Admission, Admitted
 from policies.cache_policy import ExactCachePolicy
 from policies.ledger import Amounts, Ledger, QuotaExceeded, Reservation
 from policies.tenant import Tenant
 from routing.cost import OutputLengths, estimate
 from routing.decision import Decision
+
+DEFAULT_TEMPERATURE = 1.0
+"""What OpenAI's API takes a missing temperature for, and most engines after it."""
+
+COUNT_WITHIN_S = 1.0
+"""How long counting the tokens of an answer without usage may take, before they are guessed from its frames."""
+
+FOLD_INLINE_FRAMES = 2_000
+"""Longer answers are folded in a thread, after their end was sent."""
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """What an engine may send for one request before it counts as gone wild: a flight keeps its answer in memory."""
@@ -89,7 +99,7 @@ class Pipeline:
         clock: Callable[[], float],
         now: Callable[[], float],
         jitter: Callable[[], float],
-        fresh_id: Callable[[], str],
+        fresh_id: Callable[[Operation], str],
     ) -> None:
         self._admission = admission
         self._exact = exact
@@ -117,39 +127,42 @@ class Pipeline:
         key = None if bypass else exact_key(context.tenant, canonical_request(request), scope)
 
         lookup = self._exact.lookup(context.tenant, key, within_s=policy.lookup_timeout) if key else None
-        await self._admission.admit(context.tenant)
+        admitted = await self._admission.admit(context.tenant)
         found: Lookup = await lookup if lookup is not None else Miss(reason=bypass or "absent")
         if isinstance(found, Hit):
             found = self._fresh_enough(context, found)
         if isinstance(found, Hit):
-            return self._replay(context, request, found, "exact")
+            return self._replay(context, request, found, "exact", admitted)
 
+        # Who wants a fresh answer shares none; who streams must not wait for one that comes as a whole.
+        flight_key = None if key is None or context.cache_control.no_cache else f"{key}:{request.stream:d}"
         while True:
-            follower = self._flights.join(key)
+            follower = self._flights.join(flight_key)
             verdict: CacheVerdict = "coalesced"
             if follower is None:
                 near = await self._look_near(context, request, scope, bypass)
                 if isinstance(near, Hit):
-                    return self._replay(context, request, near, "semantic")
-                follower = self._flights.join(key)
+                    return self._replay(context, request, near, "semantic", admitted)
+                follower = self._flights.join(flight_key)
             if follower is None:
                 verdict = "bypass" if bypass else "miss"
                 follower = self._flights.open(
-                    key, lambda flight: self._fly(flight, context, request, scope, key if not bypass else None)
+                    flight_key, lambda flight: self._fly(flight, context, request, scope, key)
                 )
             try:
                 async with asyncio.timeout_at(context.deadline):
                     head = await follower.head()
             except BaseException as error:
                 follower.leave()
-                if isinstance(error, QuotaExceeded) and verdict == "coalesced":
-                    continue  # the opener was denied on its own account; the next in line opens
+                if verdict == "coalesced" and _is_openers_own(error):
+                    continue  # it was the opener's quota or time that ran out: the next in line opens
                 if isinstance(error, TimeoutError):
                     raise DeadlinePassed from error
                 raise
             return Answer(
                 source=follower,
                 cache=verdict,
+                admitted=admitted,
                 model=head.model,
                 route=head.decision.route,
                 overhead_s=self._overhead_s(context, head),
@@ -171,7 +184,11 @@ class Pipeline:
         prompt_tokens = self._bytes_per_token.estimate(learned, request.size_bytes)
         decision = snapshot.router.route(request, prompt_tokens=prompt_tokens)
         claim = self._claim(context.tenant, request, decision, prompt_tokens)
-        reservation = await self._ledger.reserve(context.tenant, context.request_id, claim)
+        try:
+            reservation = await self._ledger.reserve(context.tenant, context.request_id, claim)
+        except QuotaExceeded:
+            self._recorder.flight_ended(context, decision.model.name, None, Usage(), 0, "denied")
+            raise
         self._live[context.request_id] = reservation
         taken = _Taken(prompt_tokens, self._count_tokens)
         head: Head | None = None
@@ -234,7 +251,7 @@ class Pipeline:
             return "disabled"
         if context.cache_control.no_store:
             return "no_store"
-        if request.temperature is not None and request.temperature > policy.max_temperature:
+        if (DEFAULT_TEMPERATURE if request.temperature is None else request.temperature) > policy.max_temperature:
             return "temperature"
         return None
 
@@ -246,10 +263,13 @@ class Pipeline:
             return Miss(reason="stale")
         return hit
 
-    def _replay(self, context: RequestContext, request: ChatRequest, hit: Hit, verdict: CacheVerdict) -> Answer:
+    def _replay(
+        self, context: RequestContext, request: ChatRequest, hit: Hit, verdict: CacheVerdict, admitted: Admitted
+    ) -> Answer:
         return Answer(
-            source=Replay(hit.entry, request, self._fresh_id()),
+            source=Replay(hit.entry, request, self._fresh_id(request.operation)),
             cache=verdict,
+            admitted=admitted,
             model=hit.entry.model,
             route=request.model if request.model not in context.snapshot.models else None,
             overhead_s=self._clock() - context.started_at,
@@ -306,7 +326,8 @@ class Pipeline:
     ) -> Usage:
         """End the reservation, whatever happened to the call: with what it took, or with nothing where it failed.
 
-        An answer that nobody waited for has at least had its prompt read, so that much is settled, marked estimated.
+        A call that nobody waited for has most likely had its prompt read: that much is settled, marked estimated, so
+        that asking and hanging up is not free.
         """
         usage = Usage()
         cost_nano_usd = 0
@@ -326,10 +347,11 @@ class Pipeline:
                 settled = True
             except Exception as raised:  # noqa: BLE001 - an answer that was given stands; the lease is reconciled
                 error = raised
-        self._live.pop(context.request_id, None)
-        if not settled:
-            self._recorder.settle_failed(context.request_id, error)
-        self._recorder.flight_ended(context, card.name, head, usage, cost_nano_usd, outcome)
+            finally:
+                self._live.pop(context.request_id, None)
+                if not settled:
+                    self._recorder.settle_failed(context.request_id, error)
+                self._recorder.flight_ended(context, card.name, head, usage, cost_nano_usd, outcome)
         return usage
 
     async def _store(
@@ -347,8 +369,9 @@ class Pipeline:
         if key is None or head is None:
             return
         policy = context.snapshot.policy.file.cache.exact
-        completion = taken.completion(request)
-        reason = why_not_stored(completion, policy)
+        if taken.frames > FOLD_INLINE_FRAMES:
+            flight.land()
+        completion, reason = await self._completion(request, taken, policy)
         if reason is not None:
             self._recorder.stored(reason)
             return
@@ -366,6 +389,23 @@ class Pipeline:
         self._recorder.stored(await kept)
         await self._semantic.store(context.tenant, request, scope, entry, ttl_s=ttl_s)
 
+    async def _completion(
+        self, request: ChatRequest, taken: _Taken, policy: ExactCachePolicy
+    ) -> tuple[bytes, str | None]:
+        """The answer as one completion, and why it may not be kept."""
+        try:
+            if taken.frames > FOLD_INLINE_FRAMES:
+                completion = await anyio.to_thread.run_sync(taken.completion, request)
+            else:
+                completion = taken.completion(request)
+            return completion, why_not_stored(completion, policy)
+        except Exception:  # noqa: BLE001 - the answer was given and stands, whatever keeps it from being kept
+            return b"", "unreadable"
+
+    def abort(self) -> None:
+        """End every flight now: its followers are told that the gateway is shutting down."""
+        self._flights.abort_all()
+
     async def renew_leases(self) -> None:
         """Prolong every live reservation, for as long as the worker runs."""
         while True:
@@ -374,6 +414,13 @@ class Pipeline:
                 renewed = await self._ledger.renew(reservation)
                 if request_id in self._live:
                     self._live[request_id] = renewed
+
+
+def _is_openers_own(error: BaseException) -> bool:
+    """Whether a flight ended before its commit for a reason that another opener need not share."""
+    if isinstance(error, AttemptsFailed):
+        return isinstance(error.error, BackendTimeout)
+    return isinstance(error, QuotaExceeded)
 
 
 class _Taken:
@@ -413,9 +460,16 @@ class _Taken:
         if self._told is not None:
             return self._told
         prompt = min(self._prompt_tokens, at_most_tokens)
-        # Cut off, the best guess is the number of frames with text: engines send about a token in each.
-        completion = await self._count_tokens("".join(self._text)) if complete else self._contentful
+        # The best guess without counting is the number of frames with text: engines send about a token in each.
+        completion = self._contentful
+        if complete:
+            with anyio.move_on_after(COUNT_WITHIN_S):
+                completion = await self._count_tokens("".join(self._text))
         return Usage(prompt_tokens=prompt, completion_tokens=min(completion, at_most_tokens - prompt), estimated=True)
+
+    @property
+    def frames(self) -> int:
+        return len(self._frames)
 
     def completion(self, request: ChatRequest) -> bytes:
         """The whole answer as one completion."""

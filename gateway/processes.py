@@ -14,8 +14,9 @@ import random
 import signal
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -43,7 +44,9 @@ class Supervisor:
     """Keeps the children of `stages` running until it is told to stop.
 
     A stage starts when every `awaited` child of the one before is ready, or has failed: a child that will not start is
-    reported and tried again for ever, and does not keep the others from working. Raises nothing on a child's account.
+    reported and tried again for ever, and does not keep the others from working. Raises nothing on a child's account,
+    nor on that of `on_event`. `on_stopping` is called when the last stage has been asked to stop: from then on the
+    children there are need nothing more of what they inherited. The caller holds `runtime_directory`, see `claimed`.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Supervisor:
         *,
         runtime_directory: Path,
         on_event: Callable[[ChildEvent], None],
+        on_stopping: Callable[[], None] = lambda: None,
         backoff: Backoff = _BACKOFF,
         clock: Callable[[], float] = time.monotonic,
         random: Callable[[], float] = random.random,
@@ -59,6 +63,7 @@ class Supervisor:
         self._stages = stages
         self._directory = runtime_directory
         self._on_event = on_event
+        self._on_stopping = on_stopping
         self._backoff = backoff
         self._clock = clock
         self._random = random
@@ -66,15 +71,15 @@ class Supervisor:
         self._stop_asked = anyio.Event()
         self._patience: anyio.CancelScope | None = None
         self._hurried = False
+        self._report_failed = False
 
     async def run(self) -> int:
         """Run until SIGTERM, SIGINT or `stop`; the exit status: 0, or 1 when a child had to be killed.
 
         SIGHUP is passed on to the children that reload. A second SIGTERM or SIGINT leaves each stage one second.
-        Runs in the main thread. Raises `AlreadyRunning` when the runtime directory is another supervisor's.
+        Runs in the main thread.
         """
         with (
-            _claimed(self._directory),
             _lifeline() as lifeline_fd,
             anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals,
         ):
@@ -131,14 +136,26 @@ class Supervisor:
         return Child(
             spec,
             lifeline_fd=lifeline_fd,
-            on_event=self._on_event,
+            on_event=self._tell,
             on_change=self._write_status,
             backoff=self._backoff,
             clock=self._clock,
             random=self._random,
         )
 
+    def _tell(self, event: ChildEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # noqa: BLE001 - how a report fails is its maker's mistake, and no reason to end the children
+            if not self._report_failed:
+                self._report_failed = True
+                with suppress(OSError):
+                    traceback.print_exc()
+
     async def _stop(self) -> None:
+        for child in self._kept[-1] if self._kept else ():
+            child.ask_to_stop()
+        self._on_stopping()
         for stage in reversed(self._kept):
             deadline = anyio.current_time() + _HURRIED_GRACE_S if self._hurried else float("inf")
             with anyio.CancelScope(deadline=deadline) as self._patience:
@@ -188,8 +205,11 @@ def _status_path(runtime_directory: Path) -> Path:
 
 
 @contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this supervisor: two on the same stores would spoil them."""
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold `directory`, made where it is not there, for one supervisor: two on the same stores would spoil them.
+
+    Raises `AlreadyRunning` when another holds it, in this process or any other.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (directory / "lock").open("w") as lock:
         try:

@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import anyio
 import msgspec
 
 from backends.templates import template_fault
-from gateway.app import load_root_secret, open_store
+from gateway.app import Engine, load_root_secret, open_store
 from gateway.child_specs import (
     SocketPathTooLong,
     free_loopback_port,
@@ -28,16 +29,18 @@ from gateway.child_specs import (
     worker_child,
 )
 from gateway.children import ChildEvent, ChildSpec
-from gateway.processes import Supervisor, listen
+from gateway.processes import Supervisor, claimed, listen
 from gateway.settings import ENVIRONMENT_PREFIX, Settings
 from gateway.telemetry.metrics import forget_worker
 from policies.load import load_policy
 from policies.routing_policy import LlamaCppBackendSpec, Policy
-from policies.store import Store
+from policies.secrets import RootSecret
+from policies.store import Store, StoreError
 from policies.tenant import NewKey
 
 STATE_MAX_MEMORY_BYTES = 256 * 1024 * 1024
 STOP_GRACE_BEYOND_DRAIN_S = 5.0
+OWNER_KEY_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Announcement:
     policy: Policy
     owner_key: NewKey | None
     """The first owner's key, where this start made one. It is shown now or never."""
+    owner_key_trouble: str = ""
+    """Why it is not known whether there is an owner's key."""
 
 
 async def serve(
@@ -60,52 +65,97 @@ async def serve(
 ) -> int:
     """Run until told to stop; the exit status. `on_serving` is called once, when the first worker accepts requests.
 
+    `prepare` gets the migrated store before anything is started. Only what serves has an owner: the first owner's key
+    is made just before `on_serving`, so that no start that fails can lose it.
     Raises what keeps it from starting: `PolicyError`, `CannotListen`, `AlreadyRunning`, store and secret errors.
     """
     policy = await anyio.to_thread.run_sync(load_policy, Path(settings.policy), environment, template_fault)
-    root = await anyio.to_thread.run_sync(load_root_secret, settings)
-    async with open_store(settings, root) as store:
-        owner_key = await store.first_owner_key()
-        if prepare is not None:
-            await prepare(store)
-    listener = listen(settings.host, settings.port)
-    host, port = listener.getsockname()[:2]
-    tree = _Tree(settings, environment, policy)
-    announced = False
+    with claimed(runtime_path(settings)), listen(settings.host, settings.port) as listener:
+        root = await anyio.to_thread.run_sync(load_root_secret, settings)
+        async with open_store(settings, root) as store:
+            if prepare is not None:
+                await prepare(store)
+        tree = _Tree(settings, environment, policy)
+        try:
+            return await _supervise(tree, listener, root, on_event, on_serving)
+        finally:
+            tree.remove_sockets()
+
+
+async def _supervise(
+    tree: _Tree,
+    listener: socket.socket,
+    root: RootSecret,
+    on_event: Callable[[ChildEvent], None],
+    on_serving: Callable[[Announcement], None],
+) -> int:
+    first_ready = anyio.Event()
+    url = _url(listener)
 
     def event(child: ChildEvent) -> None:
-        nonlocal announced
-        if child.kind == "died" and child.name.startswith("worker") and child.pid is not None:
-            forget_worker(tree.metrics_dir, child.pid)
+        if child.name.startswith("worker"):
+            if child.kind == "ready":
+                first_ready.set()
+            elif child.kind == "died" and child.pid is not None:
+                forget_worker(tree.metrics_dir, child.pid)
         on_event(child)
-        if child.kind == "ready" and child.name.startswith("worker") and not announced:
-            announced = True
-            shown = f"[{host}]" if ":" in host else host
-            on_serving(Announcement(url=f"http://{shown}:{port}", policy=policy, owner_key=owner_key))
 
+    async def announce() -> None:
+        await first_ready.wait()
+        with anyio.CancelScope(shield=True):  # a key that was made is shown
+            key, trouble = await _first_owner_key(tree.settings, root)
+            on_serving(Announcement(url=url, policy=tree.policy, owner_key=key, owner_key_trouble=trouble))
+
+    supervisor = Supervisor(
+        [tree.valkeys(), tree.engines(), tree.workers(listener)],
+        runtime_directory=tree.runtime_dir,
+        on_event=event,
+        on_stopping=listener.close,
+    )
+    async with anyio.create_task_group() as running:
+        running.start_soon(announce)
+        status = await supervisor.run()
+        running.cancel_scope.cancel()
+    return status
+
+
+async def _first_owner_key(settings: Settings, root: RootSecret) -> tuple[NewKey | None, str]:
+    """The key, if this call made it, and why that is not known where the store does not answer."""
     try:
-        stages = [tree.valkeys(), tree.engines(), tree.workers(listener)]
-        return await Supervisor(stages, runtime_directory=tree.runtime_dir, on_event=event).run()
-    finally:
-        listener.close()
-        tree.remove_sockets()
+        with anyio.fail_after(OWNER_KEY_WITHIN_S):
+            async with open_store(settings, root) as store:
+                return await store.first_owner_key(), ""
+    except StoreError as error:
+        return None, str(error)
+    except TimeoutError:
+        return None, f"the store did not answer within {OWNER_KEY_WITHIN_S:g} s"
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def runtime_path(settings: Settings) -> Path:
+    """Where the one supervisor of a data directory keeps what lasts as long as it runs."""
+    return settings.data_path.absolute() / "run"
 
 
 class _Tree:
-    """The children of one host and the folders they share."""
+    """The children of one host and the folders they share. Made by the one who holds the runtime directory."""
 
     def __init__(self, settings: Settings, environment: Mapping[str, str], policy: Policy) -> None:
         data = settings.data_path.absolute()
-        self._settings = settings
+        self.settings = settings
+        self.policy = policy
         self._environment = environment
-        self._policy = policy
-        self.runtime_dir = data / "run"
+        self.runtime_dir = runtime_path(settings)
         self.metrics_dir = self.runtime_dir / "metrics"
         self._logs = data / "logs"
         self._sockets = self.runtime_dir
         self._temporary: Path | None = None
         self._urls = {"state": settings.state_url, "cache": settings.cache_url}
-        self._engines: dict[str, str] = {}
+        self._engines: dict[str, Engine] = {}
         self._logs.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.metrics_dir, ignore_errors=True)  # the numbers of an earlier run are not this run's
         self.metrics_dir.mkdir(parents=True)
@@ -115,20 +165,20 @@ class _Tree:
 
     def _valkey(self, name: str) -> ChildSpec:
         state = name == "state"
-        cache_bytes = self._settings.cache_max_memory_mb * 1024 * 1024
+        cache_bytes = self.settings.cache_max_memory_mb * 1024 * 1024
 
         def child(sockets: Path) -> ChildSpec:
             path = sockets / f"{name}.sock"
             spec = valkey_child(
                 f"valkey-{name}",
-                directory=self._settings.data_path.absolute() / f"valkey-{name}",
+                directory=self.settings.data_path.absolute() / f"valkey-{name}",
                 socket_path=path,
                 maxmemory_bytes=STATE_MAX_MEMORY_BYTES if state else cache_bytes,
                 policy="noeviction" if state else "allkeys-lru",
                 persistent=state,
                 log_path=self._logs / f"valkey-{name}.log",
             )
-            self._urls[name] = f"unix://{path}"
+            self._urls[name] = f"unix://{quote(str(path))}"
             return spec
 
         try:
@@ -139,10 +189,16 @@ class _Tree:
 
     def engines(self) -> list[ChildSpec]:
         specs = []
-        for name, backend in self._policy.file.backends.items():
+        for name, backend in self.policy.file.backends.items():
             if isinstance(backend, LlamaCppBackendSpec) and backend.weights is not None:
                 port = free_loopback_port()
-                self._engines[name] = f"http://127.0.0.1:{port}/v1"
+                self._engines[name] = Engine(
+                    url=f"http://127.0.0.1:{port}/v1",
+                    weights=backend.weights,
+                    threads=backend.threads,
+                    slots=backend.slots,
+                    context_tokens=backend.context_tokens,
+                )
                 specs.append(
                     llamacpp_child(
                         f"engine-{name}",
@@ -151,20 +207,20 @@ class _Tree:
                         threads=backend.threads,
                         slots=backend.slots,
                         context_tokens=backend.context_tokens,
-                        alias=next((m for m, spec in self._policy.file.models.items() if name in spec.backends), name),
+                        alias=next((m for m, spec in self.policy.file.models.items() if name in spec.backends), name),
                         log_path=self._logs / f"engine-{name}.log",
                     )
                 )
         return specs
 
     def workers(self, listener: socket.socket) -> list[ChildSpec]:
-        settings = self._settings
+        settings = self.settings
         return [
             worker_child(
                 index,
                 command=(sys.executable, "-m", "gateway", "worker", "--fd", str(listener.fileno())),
                 listener=listener,
-                stop_grace_s=settings.drain_s + STOP_GRACE_BEYOND_DRAIN_S,
+                stop_grace_s=settings.drain_notice_s + settings.drain_s + STOP_GRACE_BEYOND_DRAIN_S,
                 env=self._worker_environment(),
             )
             for index in range(settings.workers)
@@ -173,7 +229,7 @@ class _Tree:
     def _worker_environment(self) -> dict[str, str]:
         """Everything a worker is told: our environment, with every setting as this process resolved it."""
         told = msgspec.structs.replace(
-            self._settings,
+            self.settings,
             state_url=self._urls["state"],
             cache_url=self._urls["cache"],
             engines=msgspec.json.encode(self._engines).decode(),

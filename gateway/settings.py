@@ -7,11 +7,16 @@ product reads the environment, but for `${NAME}` in a policy file, which `load` 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
+
+from policies.redis_address import RedisAddress
+from policies.store import check_url
 
 ENVIRONMENT_PREFIX = "FOREBAY_"
 
@@ -39,13 +44,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The secret every other one is derived from, 32 characters or more; default: a file in the data directory."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 16 * 1024 * 1024
     """Of a request, after unpacking."""
-    body_within_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
-    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    body_within_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 30.0
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
     """How long answers in flight may take to finish after SIGTERM."""
-    log_format: str = "console"
+    drain_notice_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.5
+    """How long after SIGTERM new connections are still served, while `/readyz` says 503: time for a load balancer to
+    look elsewhere. Part of `drain_s` for an answer that runs."""
+    log_format: Literal["console", "json"] = "console"
     """`console` for people, `json` for machines."""
     engines: str = "{}"
-    """JSON object of local engines by backend name and URL. Set by the supervisor for its workers."""
+    """JSON object of local engines by backend name, see `gateway.app.Engine`. Set by the supervisor for its workers."""
     metrics_dir: str = ""
     """Where workers share their metrics. Set by the supervisor for its workers."""
     runtime_dir: str = ""
@@ -74,6 +82,11 @@ class ResolvedSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 SECRET_FIELDS = frozenset({"root_secret"})
 
+URL_CHECKS: Mapping[str, Callable[[str], object]] = MappingProxyType(
+    {"store_url": check_url, "state_url": RedisAddress.parse, "cache_url": RedisAddress.parse}
+)
+"""Settings that are URLs, and who says whether they are good: by a ValueError that repeats no credential."""
+
 SUPERVISOR_FIELDS = frozenset({"engines", "metrics_dir", "runtime_dir"})
 """What the supervisor tells its workers; nobody else sets them."""
 
@@ -98,16 +111,44 @@ def resolve_settings(options: Mapping[str, Any], environment: Mapping[str, str] 
     for name, value in options.items():
         if value is not None:
             values[name], origins[name] = value, f"option --{name.replace('_', '-')}"
-    for name in values:
-        _check(name, values[name], origins[name])
+    for name, value in values.items():
+        _check(name, value, origins[name])
     settings = msgspec.convert(values, Settings, strict=False)
     return ResolvedSettings(settings=settings, origins=origins, unknown=tuple(unknown))
+
+
+def shown(settings: Settings) -> dict[str, Any]:
+    """Every setting that people make, fit to be read by anybody: no secret, no credential of a URL."""
+    values = msgspec.structs.asdict(settings)
+    return {
+        name: "(set, not shown)"
+        if name in SECRET_FIELDS and value
+        else without_credentials(value)
+        if name in URL_CHECKS
+        else value
+        for name, value in values.items()
+        if name not in SUPERVISOR_FIELDS
+    }
+
+
+def without_credentials(url: str) -> str:
+    """`url` with `***` for its user and password. Where it is not clear what is one, too much is left out."""
+    return re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1***", re.sub(r"(?s)://.*@", "://***@", url))
 
 
 def _check(name: str, value: Any, origin: str) -> None:
     try:
         msgspec.convert({name: value}, Settings, strict=False)
     except msgspec.ValidationError as error:
-        reason = str(error).partition(" - at `$")[0].partition(", got ")[0]
+        kind = {field.name: field.type for field in msgspec.structs.fields(Settings)}[name]
+        if get_origin(kind) is Literal:
+            reason = f"expected {' or '.join(get_args(kind))}"
+        else:
+            reason = str(error).partition(" - at `$")[0].partition(", got ")[0]
         given = "" if name in SECRET_FIELDS else f", got {str(value)!r}"
         raise SettingError(f"{origin}: {reason[:1].lower()}{reason[1:]}{given}") from None
+    if value and (check := URL_CHECKS.get(name)):
+        try:
+            check(value)
+        except ValueError as error:
+            raise SettingError(f"{origin}: {error}") from None

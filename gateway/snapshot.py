@@ -14,6 +14,7 @@ from backends.catalog import ModelCard, Price
 from cache.key import AnswerScope
 from policies.routing_policy import (
     BackendSpec,
+    BackendTimeoutsSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
@@ -73,7 +74,7 @@ def compile_snapshot(
         policy=policy,
         models=models,
         backends={name: build_backend(name, spec) for name, spec in file.backends.items()},
-        timeouts={name: _timeouts(spec.timeouts or file.timeouts) for name, spec in file.backends.items()},
+        timeouts={name: _timeouts(file.timeouts, spec.timeouts) for name, spec in file.backends.items()},
         scopes=_scopes(file),
         router=Router(models, file.routes, scorer),
         attempts=build_attempts(file),
@@ -102,8 +103,15 @@ def _card(name: str, spec: ModelSpec) -> ModelCard:
     )
 
 
-def _timeouts(spec: TimeoutsSpec) -> Timeouts:
-    return Timeouts(connect_s=spec.connect, first_token_s=spec.first_token, idle_s=spec.idle, total_s=spec.total)
+def _timeouts(spec: TimeoutsSpec, own: BackendTimeoutsSpec | None) -> Timeouts:
+    """The policy's clocks, with a backend's own in their place where it states any."""
+    own = own or BackendTimeoutsSpec()
+    return Timeouts(
+        connect_s=spec.connect if own.connect is None else own.connect,
+        first_token_s=spec.first_token if own.first_token is None else own.first_token,
+        idle_s=spec.idle if own.idle is None else own.idle,
+        total_s=spec.total,
+    )
 
 
 def _scopes(file: PolicyFile) -> dict[str, AnswerScope]:

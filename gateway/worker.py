@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Generator, Mapping
 
+import anyio
 import uvicorn
 import uvloop
 
@@ -35,25 +36,32 @@ async def _serve(settings: Settings, listener: socket.socket, environment: Mappi
     log = open_log(settings.log_format)
     async with open_gateway(settings, environment=environment, log=log) as gateway:
         server = serve_app(gateway, settings, on_started=lambda: print(WORKER_READY_LINE, flush=True))  # noqa: T201
-
-        def drain() -> None:
-            gateway.begin_drain(settings.drain_s)
-            server.should_exit = True
-
+        stop_asked = anyio.Event()
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, drain)
-        loop.add_signal_handler(signal.SIGINT, drain)
+        loop.add_signal_handler(signal.SIGTERM, stop_asked.set)
+        loop.add_signal_handler(signal.SIGINT, stop_asked.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: gateway.background.spawn(gateway.reload()))
-        gateway.background.keep(_drain_when_orphaned(drain), "lifeline")
         # What stands now stands for good: taken out of every collection, a full one costs 1 ms instead of 80.
         gc.collect()
         gc.freeze()
-        await server.serve(sockets=[listener])
+        async with anyio.create_task_group() as serving:
+            serving.start_soon(_set_when_orphaned, stop_asked)
+            serving.start_soon(_drain, gateway, server, stop_asked, settings)
+            await server.serve(sockets=[listener])
+            serving.cancel_scope.cancel()
 
 
-async def _drain_when_orphaned(drain: Callable[[], None]) -> None:
+async def _set_when_orphaned(stop_asked: anyio.Event) -> None:
     await parent_gone()
-    drain()
+    stop_asked.set()
+
+
+async def _drain(gateway: Gateway, server: uvicorn.Server, stop_asked: anyio.Event, settings: Settings) -> None:
+    """Turn `/readyz` at once, and accept for a while yet: whoever connects meanwhile is told, not left hanging."""
+    await stop_asked.wait()
+    gateway.begin_drain(settings.drain_s)
+    await anyio.sleep(settings.drain_notice_s)
+    server.should_exit = True
 
 
 class _Server(uvicorn.Server):

@@ -42,3 +42,8 @@ def interpolate(text: str, env: Mapping[str, str]) -> str:
 def has_reference(text: str) -> bool:
     """Whether a value of the environment may have gone into `text`."""
     return any(match[0] != "$${" for match in _REFERENCE.finditer(text))
+
+
+def referenced(text: str) -> frozenset[str]:
+    """The variables that `text` refers to."""
+    return frozenset(match[1] for match in _REFERENCE.finditer(text) if match[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -12,9 +13,11 @@ from policies.conform import Conformed
 from policies.mistakes import Findings, Path, suggestion
 from policies.routing_policy import (
     BackendSpec,
+    BackendTimeoutsSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
+    OpenAIBackendSpec,
     RouteSpec,
     ThresholdRouteSpec,
     TimeoutsSpec,
@@ -69,8 +72,15 @@ class _Check:
                 self._weights((*path, "weights"), backend.weights)
             if backend.chat_template is not None and (fault := self._template_fault(backend.chat_template)):
                 self._mistake((*path, "chat_template"), f"not a Jinja template: {fault}")
+        if isinstance(backend, OpenAIBackendSpec | LlamaCppBackendSpec) and backend.url is not None:
+            self._url((*path, "url"), backend.url)
         if backend.timeouts is not None:
             self._timeouts((*path, "timeouts"), backend.timeouts)
+
+    def _url(self, path: Path, url: str) -> None:
+        if not _names_a_server(url):
+            remedy = "write it like http://127.0.0.1:8000/v1, with a port from 1 to 65535"
+            self._mistake(path, f"{self._policy.shown(path, url)} names no server", remedy)
 
     def _weights(self, path: Path, weights: str) -> None:
         try:
@@ -124,8 +134,9 @@ class _Check:
             remedy = "this is a route; name a model" if is_route else suggestion(name, known, noun=f"known {noun}s")
             self._mistake(here, f"unknown {noun} {self._policy.shown(here, name)}", remedy)
 
-    def _timeouts(self, path: Path, timeouts: TimeoutsSpec) -> None:
+    def _timeouts(self, path: Path, timeouts: TimeoutsSpec | BackendTimeoutsSpec) -> None:
         """Only what was written can be mistaken: a default is cut short by `total` without harm."""
+        total_s = timeouts.total if isinstance(timeouts, TimeoutsSpec) else self._total_s()
         for phase in ("connect", "first_token", "idle", "total"):
             here = (*path, phase)
             if here not in self._policy.values:
@@ -133,8 +144,14 @@ class _Check:
             seconds = float(getattr(timeouts, phase))
             if seconds == 0:
                 self._mistake(here, "is zero: every call would fail")
-            elif seconds > timeouts.total > 0:
-                self._mistake(here, f"is longer than total ({timeouts.total:g}s)", "raise total or lower it")
+            elif seconds > total_s > 0:
+                self._mistake(here, f"is longer than total ({total_s:g}s)", "raise total or lower it")
+
+    def _total_s(self) -> float:
+        """The policy's own total, or its default."""
+        if not self._policy.is_sound(("timeouts",)):
+            return float(TimeoutsSpec().total)
+        return float(msgspec.convert(self._policy.data["timeouts"], TimeoutsSpec).total)
 
     def _unused_backends(self) -> None:
         used = {name for _, model in self._sound(self._models) for name in model.backends}
@@ -161,3 +178,13 @@ class _Check:
 
     def _warning(self, path: Path, message: str, remedy: str) -> None:
         self._findings.warning(self._policy.key_place(path), path, message, remedy)
+
+
+def _names_a_server(url: str) -> bool:
+    """Whether a URL has a host, and a port that can be connected to where it has one."""
+    try:
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("ascii" if url.isascii() else "idna")
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

@@ -56,8 +56,9 @@ class OpenAIBackendSpec(_Spec, frozen=True, tag_field="kind", tag="openai"):
     max_concurrent: Count | None = None
     """Calls in flight per worker; more are refused at once (and fall back where the route says so)."""
     max_n: Count | None = None
-    """The largest `n` the engine takes; a larger one is fanned out into calls of one choice each."""
-    timeouts: TimeoutsSpec | None = None
+    """The largest `n` the engine takes; a larger one is fanned out into calls of at most that, four at a time."""
+    timeouts: BackendTimeoutsSpec | None = None
+    """Clocks of this backend's own, in the place of the policy's."""
 
 
 class LlamaCppBackendSpec(_Spec, frozen=True, tag_field="kind", tag="llamacpp"):
@@ -76,7 +77,8 @@ class LlamaCppBackendSpec(_Spec, frozen=True, tag_field="kind", tag="llamacpp"):
     stop: tuple[str, ...] = ()
     """Added to the client's stop sequences where `chat_template` is used."""
     max_concurrent: Count | None = None
-    timeouts: TimeoutsSpec | None = None
+    timeouts: BackendTimeoutsSpec | None = None
+    """Clocks of this backend's own, in the place of the policy's."""
 
 
 class ScriptedBackendSpec(_Spec, frozen=True, tag_field="kind", tag="scripted"):
@@ -90,7 +92,8 @@ class ScriptedBackendSpec(_Spec, frozen=True, tag_field="kind", tag="scripted"):
     )
     fault_after_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_concurrent: Count | None = None
-    timeouts: TimeoutsSpec | None = None
+    timeouts: BackendTimeoutsSpec | None = None
+    """Clocks of this backend's own, in the place of the policy's."""
 
 
 BackendSpec = OpenAIBackendSpec | LlamaCppBackendSpec | ScriptedBackendSpec
@@ -103,6 +106,14 @@ class TimeoutsSpec(_Spec, frozen=True):
     first_token: Duration = Duration(30.0)
     idle: Duration = Duration(30.0)
     total: Duration = Duration(300.0)
+
+
+class BackendTimeoutsSpec(_Spec, frozen=True):
+    """A backend's own clocks; what is not stated is the policy's. `total` belongs to the request and stays its."""
+
+    connect: Duration | None = None
+    first_token: Duration | None = None
+    idle: Duration | None = None
 
 
 class RetriesSpec(_Spec, frozen=True):

@@ -16,6 +16,7 @@ This module and `policies/migrations` are the only ones that know SQL. Rows leav
 from __future__ import annotations
 
 import hmac
+import importlib.util
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
@@ -29,7 +30,7 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -41,6 +42,11 @@ DEMO_ORGANISATION_ID = "org_demo"
 DEMO_TENANT_ID = "ten_demo"
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg"}
+_SUPPORTED = "supported are sqlite:///path/to/file and postgresql://user:password@host:port/database"
+_PARAMETERS = {
+    "sqlite": frozenset[str](),
+    "postgresql": frozenset({"host", "port", "ssl", "target_session_attrs", "prepared_statement_cache_size"}),
+}
 _CONNECTIONS = 4
 _CLOSE_WITHIN_S = 1.0
 _ID_BYTES = 16
@@ -127,6 +133,32 @@ class AlreadyRevoked(StoreError):
 
 class StoreUnreachable(StoreError):
     """The database did not answer. A change that meets this may or may not have been made."""
+
+
+def check_url(url: str) -> None:
+    """Raises ValueError where `url` names no store that can be used here. Its message repeats no part of a password."""
+    try:
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError):
+        # A port that is none raises ValueError, and can be the rest of a password with an unescaped character.
+        reason = "not a URL (are special characters of the password %-escaped?)"
+        raise ValueError(f"{reason}; {_SUPPORTED}") from None
+    driver = _DRIVERS.get(parsed.drivername, parsed.drivername)
+    if driver not in _DRIVERS.values():
+        raise ValueError(f"{parsed.drivername}:// is no store; {_SUPPORTED}")
+    kind = parsed.get_backend_name()
+    if unknown := parsed.query.keys() - _PARAMETERS[kind]:
+        remedy = "its name here is ssl" if "sslmode" in unknown else f"known are {sorted(_PARAMETERS[kind])}"
+        raise ValueError(f"{kind}:// has no parameter {min(unknown)!r}; {remedy}")
+    if kind == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"names no file, and what is in memory no two processes share; {_SUPPORTED}")
+    url_with_driver = parsed.set(drivername=driver)
+    try:
+        url_with_driver.get_dialect()().create_connect_args(url_with_driver)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"a parameter of {kind}:// has a value that it cannot have; {_SUPPORTED}") from None
+    if kind == "postgresql" and importlib.util.find_spec("asyncpg") is None:
+        raise ValueError("PostgreSQL needs the package asyncpg: pip install 'forebay[postgres]'")
 
 
 class Store:

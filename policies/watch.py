@@ -1,7 +1,8 @@
 """The policy in force, and how it changes while requests run: `PolicyWatch` reads the file again when it changes.
 
 A request takes `watch.current` once and uses nothing else: the policy and what was compiled from it are one reference,
-so no request ever sees parts of two policies. A file that does not load changes nothing but `last_reload`.
+so no request ever sees parts of two policies. A file that does not load changes nothing but `last_reload`; with a
+copy of the last policy that did (`last_good`), not even for a process that starts while the file is broken.
 
 The file's *content* is compared, not its time: every way to change a file is seen alike (written in place, renamed
 over, a Kubernetes ConfigMap's symlink moved, a network or container mount that sends no notifications), and none twice.
@@ -9,6 +10,7 @@ over, a Kubernetes ConfigMap's symlink moved, a network or container mount that 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,14 @@ import anyio.to_thread
 import msgspec
 
 from policies.load import no_template_check, parse_policy, read_policy
-from policies.mistakes import PolicyError, PolicyMistake
+from policies.mistakes import START, Findings, PolicyError, PolicyMistake
 from policies.references import TemplateFault
 from policies.routing_policy import Policy
 
 T = TypeVar("T")
+
+Found = bytes | tuple[PolicyMistake, ...]
+"""What the policy file holds, or why it can not be read."""
 
 POLL_EVERY_S = 0.25
 """A change takes effect after two polls: one sees it, one finds the file at rest. Reading a policy takes ~0.1 ms."""
@@ -58,12 +63,15 @@ class Reload(msgspec.Struct, frozen=True, kw_only=True):
 class PolicyWatch(Generic[T]):
     """Keeps `current` in step with a policy file.
 
-    The constructor reads the file, so a process does not start without a policy: it raises `PolicyError`, or whatever
-    `compile` raises. From then on the last good policy stays in force.
+    The constructor reads the file, so a process does not start without a policy. From then on the last good one stays
+    in force. Every content that was accepted is kept in the file `last_good`, and a start whose policy file does not
+    load or compile takes that in its place: `last_reload` says so. Where it can not either, the constructor raises
+    what came of the policy file itself, `PolicyError` or whatever `compile` raised. It blocks on the disk.
 
     `compile` makes of a policy what requests use (a router, backends); it runs on the event loop and should be short.
     `retire` is given each compiled value that was replaced, while requests that began under it may still run.
-    `on_reload` is told of every reload after the first. `now` gives the time for `Reload.at`.
+    `on_reload` is told of every reload after the first, and of a first one that failed. `now` gives the time for
+    `Reload.at`.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class PolicyWatch(Generic[T]):
         compile: Callable[[Policy], T],  # noqa: A002 - the field's word for policy to snapshot
         *,
         now: Callable[[], float],
+        last_good: Path | None = None,
         template_fault: TemplateFault = no_template_check,
         on_reload: Callable[[Reload], None] | None = None,
         retire: Callable[[T], None] | None = None,
@@ -89,11 +98,13 @@ class PolicyWatch(Generic[T]):
         self._sleep = sleep
         self._poll_every_s = poll_every_s
         self._turn = anyio.Lock()
-        content = read_policy(path)
-        policy = parse_policy(content, path, env, template_fault)
-        self._seen: bytes | str = content
-        self._current = InForce(policy, compile(policy))
-        self._last_reload = Reload(result="loaded", version=policy.version, at=now())
+        self._last_good = last_good
+        self._seen = self._read()
+        self._current: InForce[T]
+        self._last_reload = self._begin()
+        self._unkept = self._keep(self._seen) if self._last_reload.ok else ""
+        if on_reload is not None and not self._last_reload.ok:
+            on_reload(self._last_reload)
 
     @property
     def current(self) -> InForce[T]:
@@ -105,17 +116,20 @@ class PolicyWatch(Generic[T]):
         """What came of the newest attempt to load, the one at the start included."""
         return self._last_reload
 
+    @property
+    def unkept(self) -> str:
+        """Why the newest good policy is not in `last_good`, so that a later start could fail; empty where it is."""
+        return self._unkept
+
     async def run(self) -> None:
-        """Follow the file until cancelled. Run it in a task that the application owns."""
+        """Follow the file until cancelled; nothing else ends it. Run it in a task that the application owns."""
         before = self._seen
         while True:
             await self._sleep(self._poll_every_s)
-            found = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
-            # A file that still changes is being written: what stands in it now may be the half of a policy.
-            if found == before and found != self._seen:
-                async with self._turn:
-                    await self._load(found)
-            before = found
+            try:
+                before = await self._look(before)
+            except Exception as error:  # noqa: BLE001 - of `retire` or `on_reload`: a change may come all the same
+                self._last_reload = self._failed(error, "what should follow a reload failed")
 
     async def reload(self) -> Reload:
         """Read the file now, as SIGHUP and the admin API ask for, also where its text did not change: weights that were
@@ -123,44 +137,111 @@ class PolicyWatch(Generic[T]):
         async with self._turn:
             return await self._load(await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True))
 
-    def _read(self) -> bytes | str:
-        """The content of the file, or why there is none."""
+    async def _look(self, before: Found) -> Found:
+        """Load what stands in the file, if it is at rest and new."""
+        found = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
+        # A file that still changes is being written: what stands in it now may be the half of a policy.
+        if found == before and found != self._seen:
+            async with self._turn:
+                await self._load(found)
+        return found
+
+    def _read(self) -> Found:
         try:
             return read_policy(self._path)
         except PolicyError as error:
-            return str(error)
+            return error.mistakes
 
-    async def _load(self, found: bytes | str) -> Reload:
+    def _parse(self, found: Found) -> Policy:
+        """The policy in it. Raises `PolicyError`, whatever it trips over."""
+        if not isinstance(found, bytes):
+            raise PolicyError(found)
         try:
-            policy = await anyio.to_thread.run_sync(self._parse, found, abandon_on_cancel=True)
-            reload = self._swap(policy)
-        except PolicyError as error:
-            reload = self._failed(str(error), error.mistakes)
-        # Not before the only await: a caller that is cancelled in it must leave the change to be seen by `run`.
-        self._seen = found
-        self._last_reload = reload
-        if self._on_reload is not None:
-            self._on_reload(reload)
-        return reload
+            return parse_policy(found, self._path, self._env, self._template_fault)
+        except PolicyError:
+            raise
+        except Exception as error:  # an operator's text can be odd in ways that nobody thought of
+            # Without the error's own text, which may hold a value from the environment.
+            message = f"can not be loaded: {type(error).__name__}"
+            raise Findings(str(self._path)).fatal(START, (), message) from error
 
-    def _parse(self, found: bytes | str) -> Policy:
-        # What could not be read is read again for the error itself, with its mistakes.
-        content = found if isinstance(found, bytes) else read_policy(self._path)
-        return parse_policy(content, self._path, self._env, self._template_fault)
-
-    def _swap(self, policy: Policy) -> Reload:
-        before = self._current
-        if policy.file == before.policy.file:
-            return Reload(result="unchanged", version=before.policy.version, at=self._now())
+    def _begin(self) -> Reload:
+        """Put in force what there is to begin with. Returns what came of the policy file."""
+        label = ""
         try:
-            compiled = self._compile(policy)
-        except Exception as error:  # noqa: BLE001 - whatever a policy trips over, the policy in force must stay in force
-            return self._failed(f"{policy.label} can not take effect: {type(error).__name__}: {error}")
-        self._current = InForce(policy, compiled)
-        if self._retire is not None:
-            self._retire(before.compiled)
+            policy = self._parse(self._seen)
+            label = policy.label
+            self._current = InForce(policy, self._compile(policy))
+        except Exception as error:  # whatever it is: the processes that run already go on with the policy before
+            if (fallen_back := self._fallen_back()) is None:
+                raise
+            self._current = fallen_back
+            return self._failed(error, f"{label} can not take effect")
         return Reload(result="loaded", version=policy.version, at=self._now())
 
-    def _failed(self, message: str, mistakes: tuple[PolicyMistake, ...] = ()) -> Reload:
+    def _fallen_back(self) -> InForce[T] | None:
+        """What `last_good` holds, as if it stood in the policy file; None where it holds no policy that works."""
+        if self._last_good is None:
+            return None
+        try:
+            policy = self._parse(read_policy(self._last_good))
+            return InForce(policy, self._compile(policy))
+        except Exception:  # noqa: BLE001 - then the policy file's own error is what has to be told
+            return None
+
+    async def _load(self, found: Found) -> Reload:
+        before = self._current
+        label = ""
+        try:
+            policy = await anyio.to_thread.run_sync(self._parse, found, abandon_on_cancel=True)
+            label = policy.label
+            reload = self._swap(policy)
+        except Exception as error:  # noqa: BLE001 - whatever a policy trips over, the one in force must stay in force
+            reload = self._failed(error, f"{label} can not take effect")
+        # Not before the await: a caller that is cancelled in it must leave the change to be seen by `run`.
+        self._seen = found
+        self._last_reload = reload
+        if self._retire is not None and self._current is not before:
+            self._retire(before.compiled)
+        if self._on_reload is not None:
+            self._on_reload(reload)
+        if reload.ok and self._last_good is not None:
+            self._unkept = await anyio.to_thread.run_sync(self._keep, found)
+        return reload
+
+    def _swap(self, policy: Policy) -> Reload:
+        if policy.file == self._current.policy.file:
+            return Reload(result="unchanged", version=self._current.policy.version, at=self._now())
+        self._current = InForce(policy, self._compile(policy))
+        return Reload(result="loaded", version=policy.version, at=self._now())
+
+    def _keep(self, found: Found) -> str:
+        """Keep what was accepted for the next start. Blocks. Returns why it could not, or nothing."""
+        if self._last_good is None or not isinstance(found, bytes):
+            return ""
+        try:
+            if not self._last_good.exists() or self._last_good.read_bytes() != found:
+                _replace(self._last_good, found)
+        except OSError as error:
+            return f"{self._last_good}: {error.strerror}"
+        return ""
+
+    def _failed(self, error: Exception, what: str) -> Reload:
         version = self._current.policy.version
-        return Reload(result="failed", version=version, at=self._now(), message=message, mistakes=mistakes)
+        if isinstance(error, PolicyError):
+            return Reload(result="failed", version=version, at=self._now(), message=str(error), mistakes=error.mistakes)
+        message = f"{what}: {type(error).__name__}: {error}"
+        return Reload(result="failed", version=version, at=self._now(), message=message)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file that is never seen in part, and that nobody else may read: a policy can hold a key."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

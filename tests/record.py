@@ -1,4 +1,4 @@
-"""The record as a test has it: a real SQLite file of its own, and a clock that stands until it is set."""
+"""The record as a test has it: a real database of its own, and a clock that stands until it is set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Clock:
 
 
 @asynccontextmanager
-async def record(database: Path, clock: Clock) -> AsyncGenerator[Store]:
-    """A migrated store in the file `database`."""
-    store = Store(f"sqlite:///{database}", ROOT, clock=clock)
+async def record(database: Path | str, clock: Clock) -> AsyncGenerator[Store]:
+    """A migrated store in the SQLite file `database`, or at that URL."""
+    store = Store(f"sqlite:///{database}" if isinstance(database, Path) else database, ROOT, clock=clock)
     try:
         await store.migrate()
         yield store

@@ -7,9 +7,10 @@ handler), so what a framework would do happens here, once, in the order in which
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import anyio
 from litestar.types import HTTPScope, Receive, Send
@@ -23,13 +24,14 @@ from gateway.background import Background
 from gateway.context import RequestContext
 from gateway.errors import DeadlinePassed, MethodNotAllowed, Rendered, render
 from gateway.openai.body import ClientGone, read_body
-from gateway.openai.compression import compress
+from gateway.openai.compression import compressed
 from gateway.openai.hangup import HangUp
 from gateway.openai.sse import DONE, error_frame, frames
 from gateway.pipeline import Pipeline
 from gateway.settings import Settings
 from gateway.snapshot import Snapshot
 from gateway.telemetry.record import Exchange, Record
+from policies.admission import Admitted
 from policies.tenant import Tenant
 
 Headers = list[tuple[bytes, bytes]]
@@ -186,6 +188,8 @@ class _Writer:
             add((b"x-forebay-cost-usd", usd(answer.cost_nano_usd)))
         if answer.saved_nano_usd:
             add((b"x-forebay-saved-usd", usd(answer.saved_nano_usd)))
+        for name, value in _rate_headers(answer.admitted):
+            add((name, value.encode()))
         if answer.age_s is not None:
             add((b"age", str(int(answer.age_s)).encode()))
         if debug and context.tenant.may_debug:
@@ -208,7 +212,7 @@ class _Writer:
         await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def whole(self, body: bytes, accept_encoding: str | None) -> None:
-        body, encoding = compress(body, accept_encoding)
+        body, encoding = await compressed(body, accept_encoding)
         headers = [(b"content-type", b"application/json"), (b"vary", b"accept-encoding"), *self._headers]
         if encoding is not None:
             headers.append((b"content-encoding", encoding.encode()))
@@ -231,6 +235,16 @@ class _Writer:
 def usd(nano_usd: int) -> bytes:
     """Nano-dollars as a decimal number of dollars, exact."""
     return f"{nano_usd // 10**9}.{nano_usd % 10**9:09d}".encode()
+
+
+def _rate_headers(admitted: Admitted) -> Iterator[tuple[bytes, str]]:
+    """What is left of the request rate, in OpenAI's names and formats; nothing where there is no limit."""
+    if admitted.limit_requests is not None:
+        yield b"x-ratelimit-limit-requests", str(admitted.limit_requests)
+    if admitted.remaining_requests is not None:
+        yield b"x-ratelimit-remaining-requests", str(admitted.remaining_requests)
+    if admitted.reset_s is not None:
+        yield b"x-ratelimit-reset-requests", f"{math.ceil(admitted.reset_s * 1000)}ms"
 
 
 def _debug_headers(answer: Answer) -> Headers:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from backends.chat import ChatRequest, Message
+from backends.chat import MEDIA_BYTES, ChatRequest, Message
 from gateway.errors import RequestError
 
 
@@ -59,6 +59,8 @@ _completion = msgspec.json.Decoder(CompletionRequest)
 def read_chat(body: bytes) -> ChatRequest:
     """Read a chat completion request. Raises `RequestError` naming the field that is wrong."""
     fields, wire = _read(body, _chat)
+    parts = [part for message in wire.messages if isinstance(message.content, list) for part in message.content]
+    media_bytes = [part.media_bytes for part in parts if part.media_bytes]
     return ChatRequest(
         operation="chat",
         model=wire.model,
@@ -73,13 +75,8 @@ def read_chat(body: bytes) -> ChatRequest:
         wants_tools=bool(wire.tools or wire.functions),
         wants_json_schema=wire.response_format is not None and wire.response_format.type == "json_schema",
         wants_logprobs=bool(wire.logprobs),
-        has_images=any(
-            part.type == "image_url"
-            for message in wire.messages
-            if isinstance(message.content, list)
-            for part in message.content
-        ),
-        size_bytes=len(body),
+        has_images=any(part.type == "image_url" for part in parts),
+        size_bytes=len(body) - sum(media_bytes) + len(media_bytes) * MEDIA_BYTES,
     )
 
 

@@ -35,7 +35,7 @@ class Exchange:
 
     def failed(self, error: Exception, rendered: Rendered) -> None:
         self.error = error
-        self.status = self.status or rendered.status
+        self.status = rendered.status  # of a stream that broke as well, although its head said 200
 
     def client_gone(self) -> None:
         self.gone = True

@@ -51,7 +51,8 @@ class Trial:
         self.jitters: list[float] = []
         self.ejections = Ejections(now=self.clock)
         self.budget = RetryBudget(ratio=self.retry_ratio)
-        self.slots = ImmediateSlots(self.limits)
+        self.slots = ImmediateSlots()
+        self.slots.limits = self.limits
         self.attempts = Attempts(
             ejections=self.ejections,
             budget=self.budget,
@@ -178,12 +179,31 @@ async def test_one_engine_that_lacks_one_model_is_still_asked_for_the_other() ->
     assert await trial.ask("small@a", "large@a") == (ANSWER, ["small@a"])
 
 
-async def test_no_more_attempts_than_the_policy_allows() -> None:
-    trial = Trial({name: failing("unreachable") for name in "abcd"}, max_attempts=3)
+async def test_no_more_attempts_than_the_policy_allows_and_the_last_is_for_another_model() -> None:
+    trial = Trial({name: failing("unreachable") for name in "abcde"}, max_attempts=3)
 
-    await trial.fail("small@a", "small@b", "small@c", "large@d")
+    await trial.fail("small@a", "small@b", "small@c", "large@d", "large@e")
 
-    assert trial.asked == ["small@a", "small@b", "small@c"]
+    assert trial.asked == ["small@a", "small@b", "large@d"]
+
+
+async def test_one_attempt_is_for_the_first_target() -> None:
+    trial = Trial({"a": failing("unreachable")}, max_attempts=1)
+
+    await trial.fail("small@a", "large@b")
+
+    assert trial.asked == ["small@a"]
+
+
+async def test_a_fallback_that_refuses_a_request_not_meant_for_it_does_not_hide_why_it_was_asked() -> None:
+    trial = Trial({"a": failing("overloaded"), "b": failing("reject")})
+
+    failed = await trial.fail("small@a", "large@b")
+    assert isinstance(failed.error, BackendOverloaded)
+    assert [one.model for one in failed.failed] == ["small", "large"]
+
+    failed = await trial.fail("small@a", "small@b")
+    assert isinstance(failed.error, RequestRejected)
 
 
 async def test_replicas_are_asked_before_anybody_is_asked_again() -> None:

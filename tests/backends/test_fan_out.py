@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.backend import Call
-from backends.errors import BackendFailed, BackendOverloaded
+from backends.backend import Call, Load
+from backends.chat import Event, parse_event
+from backends.errors import BackendFailed, BackendOverloaded, BackendProtocolError
 from backends.fan_out import FanOut
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend
@@ -167,3 +169,68 @@ def test_any_n_through_any_engine_gives_n_finished_choices(n: int, max_n: int, s
     choices = asyncio.run(run())["choices"]
     assert [choice["index"] for choice in choices] == list(range(n))
     assert all(choice["finish_reason"] == "stop" for choice in choices)
+
+
+class Doors:
+    """An engine whose answers wait until the test lets them through."""
+
+    def __init__(self) -> None:
+        self.name = "doors"
+        self.load = Load()
+        self.waiting: list[asyncio.Future[None]] = []
+        self._engine = ScriptedBackend("doors")
+
+    async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
+        door = asyncio.get_running_loop().create_future()
+        self.waiting.append(door)
+        await door
+        async with aclosing(self._engine.answer(call)) as events:
+            async for event in events:
+                yield event
+
+    async def check(self, *, within_s: float) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+async def test_only_so_many_calls_are_in_flight_at_once() -> None:
+    engine = Doors()
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(collect(FanOut(engine, 1, at_once=3), make_call(n=8)))
+        opened = 0
+        while opened < 8:
+            while len(engine.waiting) < min(opened + 3, 8):
+                await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(engine.waiting) == min(opened + 3, 8)
+            engine.waiting[opened].set_result(None)
+            opened += 1
+    assert len(texts_of(answer.result())) == 8
+
+
+async def test_four_calls_are_in_flight_where_nothing_else_is_said() -> None:
+    engine = ScriptedBackend("a", Script(fault="hang"))
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(collect(FanOut(engine, 1), make_call(n=60)))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert engine.in_flight == engine.calls == 4
+        task.cancel()
+    assert engine.in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_frame_that_is_read_in_part_and_unreadable_as_a_whole_is_the_engines_fault(
+    stream: bool, whole: bool
+) -> None:
+    frame = b'{"choices":[{"index":0,"message":{"content":"x"},"finish_reason":"stop"}],"x_odd":1e999}'
+
+    class Odd(Doors):
+        async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
+            yield parse_event(frame, whole=whole or not stream)
+
+    with pytest.raises(BackendProtocolError) as failure:
+        await collect(FanOut(Odd(), 1), make_call(stream=stream, n=2))
+    assert (failure.value.backend, failure.value.model) == ("doors", "small")

@@ -129,6 +129,14 @@ def test_one_outage_that_many_calls_meet_is_one_ejection() -> None:
     assert not ejections.is_ejected("a")
 
 
+def test_a_backend_that_replaces_another_of_its_name_begins_anew() -> None:
+    ejections, _, _ = after_faults(5)
+    ejections.forget("a")
+    ejections.forget("never heard of")
+
+    assert not ejections.is_ejected("a")
+
+
 def test_an_answer_of_an_ejected_backend_brings_it_back() -> None:
     ejections, _, _ = after_faults(5)
     ejections.began("a")

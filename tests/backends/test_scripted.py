@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.backend import Timeouts
 from backends.chat import Usage
-from backends.errors import BackendUnreachable
+from backends.errors import BackendTimeout, BackendUnreachable
 from backends.scripted import Script, ScriptedBackend, tokens_of
 from tests.calls import collect, make_call, texts_of, whole_of
 
@@ -73,3 +74,10 @@ async def test_a_check_fails_where_the_script_says_unreachable() -> None:
     await ScriptedBackend("a").check(within_s=1)
     with pytest.raises(BackendUnreachable):
         await ScriptedBackend("a", Script(fault="unreachable")).check(within_s=1)
+
+
+async def test_a_delay_without_a_fraction_is_a_delay_like_any_other() -> None:
+    call = make_call(stream=True, timeouts=Timeouts(first_token_s=0.01))
+    with pytest.raises(BackendTimeout) as late:
+        await collect(ScriptedBackend("a", Script(first_token_delay_s=1)), call)
+    assert late.value.phase == "first_token"

@@ -12,8 +12,14 @@ from backends.slots import Flow, ImmediateSlots, Slot
 FLOW = Flow(tenant_id="t1", tokens=10)
 
 
+def places(**limits: int) -> ImmediateSlots:
+    slots = ImmediateSlots()
+    slots.limits = limits
+    return slots
+
+
 async def test_a_full_backend_is_overloaded_at_once_and_others_are_not() -> None:
-    slots = ImmediateSlots({"a": 1})
+    slots = places(a=1)
     taken = await slots.acquire("a", FLOW, deadline=0.0)
 
     with pytest.raises(BackendOverloaded) as refused:
@@ -28,7 +34,7 @@ async def test_a_full_backend_is_overloaded_at_once_and_others_are_not() -> None
 
 @given(limit=st.integers(1, 4), steps=st.lists(st.integers(0, 6), max_size=40))
 async def test_never_more_places_than_the_limit_however_often_one_is_given_back(limit: int, steps: list[int]) -> None:
-    slots = ImmediateSlots({"a": limit})
+    slots = places(a=limit)
     held: list[Slot] = []
     given_back: list[Slot] = []
     for step in steps:
@@ -41,3 +47,15 @@ async def test_never_more_places_than_the_limit_however_often_one_is_given_back(
         else:
             with pytest.raises(BackendOverloaded):
                 await slots.acquire("a", FLOW, deadline=0.0)
+
+
+async def test_a_limit_that_changes_counts_the_places_already_taken() -> None:
+    slots = places(a=2)
+    taken = [await slots.acquire("a", FLOW, deadline=0.0) for _ in range(2)]
+    slots.limits = {"a": 1}
+    taken[0].release()
+    with pytest.raises(BackendOverloaded):
+        await slots.acquire("a", FLOW, deadline=0.0)
+
+    taken[1].release()
+    await slots.acquire("a", FLOW, deadline=0.0)

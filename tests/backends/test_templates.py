@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.templates import ChatTemplate, TemplateFailed
+from backends.templates import ChatTemplate, TemplateFailed, template_fault
 
 CHATML = """
 {%- for message in messages %}
@@ -83,3 +83,14 @@ def test_a_prompt_has_a_largest_size() -> None:
 def test_a_source_that_is_no_template_is_refused_at_once_with_its_line() -> None:
     with pytest.raises(ValueError, match="line 2"):
         template("{# fine #}\n{% for %}")
+
+
+@pytest.mark.parametrize("source", ["{% break %}", "{{ " + "(" * 1500 + "1" + ")" * 1500 + " }}", "{{ x | nothing }}"])
+def test_a_source_that_no_compiler_takes_is_no_template_either(source: str) -> None:
+    with pytest.raises(ValueError):
+        template(source)
+    assert template_fault(source)
+
+
+def test_a_template_has_no_fault() -> None:
+    assert template_fault(CHATML) is None

@@ -9,12 +9,21 @@ import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI
+from pydantic import BaseModel
 
 from backends.scripted import Script
 from tests.world import POLICY, World, open_world
 
-WEATHER = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Köln"}'}}
-TIME = {"id": "call_2", "type": "function", "function": {"name": "time", "arguments": '{"zone":"UTC"}'}}
+WEATHER: dict[str, object] = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city":"Köln"}'},
+}
+TIME: dict[str, object] = {
+    "id": "call_2",
+    "type": "function",
+    "function": {"name": "time", "arguments": '{"zone":"UTC"}'},
+}
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -98,26 +107,26 @@ async def test_tools_come_back_whole_and_their_results_are_taken(world: World, c
     world.small.script = Script(tokens=(), tool_calls=(WEATHER,))
     asked = await client.chat.completions.create(model="fast", messages=HELLO, tools=TOOLS, tool_choice="required")
     message = asked.choices[0].message
+    result: Any = [message.to_dict(), {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"}]
     world.small.script = Script()
-    answered = await client.chat.completions.create(
-        model="fast",
-        messages=[*HELLO, message.to_dict(), {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees"}],
-        tools=TOOLS,
-    )
+    answered = await client.chat.completions.create(model="fast", messages=[*HELLO, *result], tools=TOOLS)
     assert message.tool_calls is not None
     assert message.tool_calls[0].id == "call_1"
     assert answered.choices[0].finish_reason == "stop"
 
 
+class Place(BaseModel):
+    city: str
+
+
 async def test_a_schema_reaches_the_engine_and_its_answer_is_parsed(world: World, client: AsyncOpenAI) -> None:
     world.small.script = Script(tokens=('{"city": ', '"Köln"}'))
-    schema: Any = {"name": "place", "strict": True, "schema": {"type": "object"}}
-    completion = await client.chat.completions.parse(
-        model="fast", messages=HELLO, response_format={"type": "json_schema", "json_schema": schema}
-    )
-    assert completion.choices[0].message.content == '{"city": "Köln"}'
+    completion = await client.chat.completions.parse(model="fast", messages=HELLO, response_format=Place)
+
+    assert completion.choices[0].message.parsed == Place(city="Köln")
     assert world.small.last is not None
     assert world.small.last.request.wants_json_schema
+    assert b'"strict":true' in bytes(world.small.last.request.fields["response_format"])
 
 
 async def test_log_probabilities_and_several_choices_are_read(world: World, client: AsyncOpenAI) -> None:
@@ -205,9 +214,13 @@ async def test_a_stream_that_breaks_raises_and_never_reads_as_a_short_answer(fau
     async with open_world(small=script, policy=policy) as world, sdk(world) as client:
         stream = await client.chat.completions.create(model="fast", messages=HELLO, stream=True)
         read: list[str] = []
-        with pytest.raises(openai.APIError) as raised:
+
+        async def read_on() -> None:
             async for chunk in stream:
                 read.append(chunk.choices[0].delta.content or "")
+
+        with pytest.raises(openai.APIError) as raised:
+            await read_on()
     assert "".join(read) == "One two "
     assert str(raised.value.code).startswith("backend_")
 

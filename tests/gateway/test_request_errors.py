@@ -80,7 +80,7 @@ async def test_a_body_that_is_no_object_is_refused(world: World, body: bytes) ->
         ({"n": 0}, "n"),
         ({"n": 1000}, "n"),
         ({"n": True}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": "many"}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"stream": "yes"}, "stream"),
@@ -92,7 +92,6 @@ async def test_a_body_that_is_no_object_is_refused(world: World, body: bytes) ->
         ({"response_format": {}}, "response_format.type"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 21}, "top_logprobs"),
-        ({"user": 7}, "user"),
     ],
 )
 async def test_a_field_that_is_wrong_is_named(world: World, fields: dict[str, Any], param: str) -> None:

@@ -1,10 +1,12 @@
+"""The record on SQLite and on PostgreSQL: one promise, kept by both."""
+
 from __future__ import annotations
 
 import asyncio
 import logging
 import sqlite3
 import stat
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from policies.secrets import RootSecret, looks_like_key
 from policies.store import AlreadyExists, AlreadyRevoked, NotFound, Store, StoreUnreachable
 from policies.tenant import NewKey
 from tests.policies.race import race
+from tests.postgresql import PostgreSQL, postgresql
 from tests.record import ROOT, Clock, record
+
+ON_SQLITE = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+"""For what is about the file, its locks or its pragmas."""
 
 
 @pytest.fixture
@@ -32,9 +38,23 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "forebay.db"
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[PostgreSQL]:
+    with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+async def url(request: pytest.FixtureRequest, database: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{database}"
+    server: PostgreSQL = request.getfixturevalue("server")
+    return await server.new_database()
+
+
 @pytest.fixture
-async def store(database: Path, clock: Clock) -> AsyncGenerator[Store]:
-    async with record(database, clock) as store:
+async def store(url: str, clock: Clock) -> AsyncGenerator[Store]:
+    async with record(url, clock) as store:
         yield store
 
 
@@ -98,7 +118,7 @@ async def test_an_admin_key_has_a_role_and_no_tenant(store: Store) -> None:
 
 
 async def test_a_key_outlives_a_rotation_of_the_root_secret_and_not_the_end_of_the_overlap(
-    store: Store, database: Path
+    store: Store,
 ) -> None:
     new = await key_of_new_tenant(store)
     fresh = b"the root secret that comes after it, long enough"
@@ -231,6 +251,7 @@ async def test_the_demonstration_tenant_and_its_key_are_made_once(store: Store) 
     assert nothing is None
 
 
+@ON_SQLITE
 async def test_the_key_itself_is_in_no_file_no_repr_and_no_error(
     store: Store, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,12 +279,14 @@ async def test_the_key_itself_is_in_no_file_no_repr_and_no_error(
     assert ROOT.id not in "".join(str(error.__cause__) for error in errors)
 
 
+@ON_SQLITE
 async def test_a_new_database_file_is_its_owners_alone(store: Store, database: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in database.parent.iterdir()}
 
     assert set(modes.values()) == {0o600}
 
 
+@ON_SQLITE
 async def test_every_connection_keeps_foreign_keys_waits_for_locks_and_logs_ahead(store: Store) -> None:
     async with store._engine.connect() as first, store._engine.connect() as second:
         for connection in (first, second):
@@ -300,10 +323,10 @@ async def test_the_schema_refuses_a_key_that_makes_no_sense(store: Store, row: d
             await connection.execute(sa.insert(store_module._keys).values(**rest, created_at=0, **row))
 
 
-async def test_migrating_leaves_the_logging_configuration_alone(database: Path) -> None:
+async def test_migrating_leaves_the_logging_configuration_alone(url: str) -> None:
     root = logging.getLogger()
     before = (root.level, list(root.handlers), logging.getLogger("sqlalchemy").level, root.manager.disable)
-    store = Store(f"sqlite:///{database}", ROOT)
+    store = Store(url, ROOT)
 
     await store.migrate()
     await store.aclose()
@@ -320,6 +343,7 @@ async def test_migrating_again_keeps_every_row(store: Store) -> None:
     assert await found(store, new.key) == new.record
 
 
+@ON_SQLITE
 async def test_a_record_that_a_newer_release_has_migrated_is_left_alone_and_usable(
     store: Store, database: Path
 ) -> None:
@@ -334,8 +358,8 @@ async def test_a_record_that_a_newer_release_has_migrated_is_left_alone_and_usab
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999",)]
 
 
-async def test_a_migration_that_is_cut_short_leaves_nothing_behind(database: Path) -> None:
-    store = Store(f"sqlite:///{database}", ROOT)
+async def test_a_migration_that_is_cut_short_leaves_nothing_behind(url: str) -> None:
+    store = Store(url, ROOT)
 
     with anyio.CancelScope() as scope:
         async with store._connection() as connection:
@@ -355,7 +379,7 @@ from policies.secrets import RootSecret
 from policies.store import Store
 
 async def start():
-    store = Store(f"sqlite:///{sys.argv[1]}", RootSecret(b"x" * 32))
+    store = Store(sys.argv[1], RootSecret(b"x" * 32))
     await store.migrate()
     owner, (tenant, demo) = await store.first_owner_key(), await store.ensure_demo_tenant()
     for _ in range(3):
@@ -368,12 +392,12 @@ asyncio.run(start())
 """
 
 
-async def test_processes_that_start_at_once_make_one_schema_one_owner_and_one_demonstration(database: Path) -> None:
-    answers = [said.split() for said in race(START, str(database), racers=3)]
+async def test_processes_that_start_at_once_make_one_schema_one_owner_and_one_demonstration(url: str) -> None:
+    answers = [said.split() for said in race(START, url, racers=3)]
 
     assert sorted(owner for owner, _ in answers) == ["False", "False", "True"]
     assert sorted(demo for _, demo in answers) == ["False", "False", "True"]
-    store = Store(f"sqlite:///{database}", ROOT)
+    store = Store(url, ROOT)
     assert await store.tenancy_version() == 1 + 1 + 3 * 3
     assert len(await store.list_keys()) == 1 + 1 + 3 * 3
     await store.aclose()
@@ -406,6 +430,7 @@ async def test_a_change_that_is_cancelled_is_not_made_and_its_connection_goes_ba
     assert len(await store.list_keys()) == 2
 
 
+@ON_SQLITE
 async def test_a_change_that_is_cancelled_while_it_waits_for_a_lock_is_not_made_later_and_leaves_no_task(
     store: Store, database: Path
 ) -> None:
@@ -423,6 +448,7 @@ async def test_a_change_that_is_cancelled_while_it_waits_for_a_lock_is_not_made_
     assert [organisation.name for organisation in await store.list_organisations()] == ["other"]
 
 
+@ON_SQLITE
 async def test_reading_goes_on_while_another_process_holds_the_write_lock(store: Store, database: Path) -> None:
     new = await key_of_new_tenant(store)
     with closing(sqlite3.connect(database, isolation_level=None)) as writer:
@@ -432,6 +458,7 @@ async def test_reading_goes_on_while_another_process_holds_the_write_lock(store:
             assert await found(store, new.key) == new.record
 
 
+@ON_SQLITE
 async def test_waiting_for_a_lock_does_not_stop_the_event_loop(store: Store, database: Path) -> None:
     with closing(sqlite3.connect(database, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")

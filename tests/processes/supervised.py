@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 
 from gateway.child_specs import valkey_child, worker_child
-from gateway.processes import Supervisor, listen
+from gateway.processes import Supervisor, claimed, listen
 from tests.processes.world import STUBBORN, shell
 
 WORKER = """
@@ -36,7 +36,7 @@ while True:
 
 
 async def main(runtime: Path) -> int:
-    with listen("127.0.0.1", 0) as listener:
+    with claimed(runtime), listen("127.0.0.1", 0) as listener:
         valkey = valkey_child(
             "state",
             directory=runtime / "state",

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.children import Backoff, ChildSpec
-from gateway.processes import AlreadyRunning, Supervisor, read_status
+from gateway.children import Backoff, ChildEvent, ChildSpec, State
+from gateway.processes import AlreadyRunning, claimed, read_status
 from tests.processes.world import STAYS, STUBBORN, Clock, eventually, runs, shell, supervised
 
 
@@ -185,10 +185,42 @@ async def test_reload_reaches_only_those_who_know_what_it_means(runtime: Path) -
 async def test_a_second_supervisor_in_the_same_directory_is_refused(runtime: Path) -> None:
     async with supervised([shell("one", STAYS)], runtime=runtime) as world:
         await world.until("one", "ready")
-        second = Supervisor([], runtime_directory=runtime, on_event=world.hear)
-        with pytest.raises(AlreadyRunning, match="already runs in"):
-            await second.run()
+        with pytest.raises(AlreadyRunning, match="already runs in"), claimed(runtime):
+            pass
         assert world.states() == {"one": "ready"}
+    with claimed(runtime):
+        pass
+
+
+async def test_a_report_that_fails_ends_no_child_and_is_shown_once(
+    runtime: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(event: ChildEvent) -> None:
+        raise LookupError(f"no style named {event.name}")
+
+    async with supervised([shell("one", STAYS), shell("two", STAYS)], runtime=runtime, on_event=fail) as world:
+        first = await world.until("one", "ready")
+        os.kill(first.pid or 0, signal.SIGKILL)
+        await world.until("one", "ready", times=2)
+        assert world.states()["two"] in ("starting", "ready")
+    assert world.exit_status == 0
+    assert capfd.readouterr().err.count("LookupError: no style named") == 1
+
+
+async def test_what_children_inherit_is_let_go_as_soon_as_none_is_started_any_more(runtime: Path) -> None:
+    slow_end = "trap 'sleep 0.2; exit 0' TERM; echo ready; while :; do sleep 60 & wait $!; done"
+    at: list[tuple[int, dict[str, State]]] = []
+
+    async with supervised(
+        [shell("store", STAYS)],
+        [shell("worker", slow_end)],
+        runtime=runtime,
+        on_stopping=lambda: at.append((len(world.events), world.states())),
+    ) as world:
+        await world.until("worker", "ready")
+
+    assert [states for _, states in at] == [{"store": "ready", "worker": "stopping"}]
+    assert ("worker", "stopped") in world.order()[at[0][0] :]
 
 
 async def test_without_a_supervisor_there_is_no_status(runtime: Path) -> None:

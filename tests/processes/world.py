@@ -11,7 +11,7 @@ import anyio
 import psutil  # type: ignore[import-untyped]
 
 from gateway.children import Backoff, ChildEvent, ChildSpec, EventKind, State
-from gateway.processes import Supervisor, read_status
+from gateway.processes import Supervisor, claimed, read_status
 
 QUICK = Backoff(first_s=0.01, cap_s=0.05, failed_after=4)
 
@@ -72,15 +72,28 @@ async def supervised(
     runtime: Path,
     backoff: Backoff = QUICK,
     clock: Callable[[], float] = time.monotonic,
+    on_event: Callable[[ChildEvent], None] = lambda event: None,
+    on_stopping: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[World]:
     """A supervisor that runs `stages` while the body runs, and is stopped after it."""
     world = World(runtime)
+
+    def hear(event: ChildEvent) -> None:
+        world.hear(event)
+        on_event(event)
+
     world.supervisor = Supervisor(
-        stages, runtime_directory=runtime, on_event=world.hear, backoff=backoff, clock=clock, random=lambda: 0.0
+        stages,
+        runtime_directory=runtime,
+        on_event=hear,
+        on_stopping=on_stopping,
+        backoff=backoff,
+        clock=clock,
+        random=lambda: 0.0,
     )
 
     async def run() -> None:
-        with anyio.fail_after(60):  # cancelled, it kills its children
+        with claimed(runtime), anyio.fail_after(60):  # cancelled, it kills its children
             world.exit_status = await world.supervisor.run()
 
     async with anyio.create_task_group() as running:

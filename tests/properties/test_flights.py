@@ -387,6 +387,31 @@ async def test_a_flight_too_large_to_replay_takes_nobody_in_and_spoils_no_other(
         first.leave()
 
 
+@pytest.mark.parametrize("naps", [(0, 0), (0, 3), (3, 0), (2, 5)])
+async def test_what_a_large_flight_lets_go_of_everybody_has_heard(naps: tuple[int, int]) -> None:
+    size_bytes = MAX_SHARED_BYTES // 3
+
+    async def fly(flight: Flight[str]) -> None:
+        flight.commit("head")
+        for number in range(9):
+            await flight.publish(event(number, size_bytes))
+            await asyncio.sleep(0)
+
+    async def hear(follower: Follower[str], nap: int) -> list[int]:
+        heard = []
+        while events := await follower.take():
+            heard += numbers(events)
+            await turns(nap)
+        follower.leave()
+        return heard
+
+    async with airport() as (flights, _):
+        followers = [flights.open(KEY, fly), flights.join(KEY)]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(hear(one, nap)) for one, nap in zip(followers, naps, strict=True) if one]
+    assert [task.result() for task in tasks] == [list(range(9))] * 2
+
+
 async def test_without_a_key_a_flight_stays_private() -> None:
     async def fly(flight: Flight[str]) -> None:
         await asyncio.Event().wait()

@@ -280,3 +280,21 @@ def test_large_numbers_keep_their_last_digit() -> None:
     keys = {canonical_request(request(seed)) for seed in (b"18446744073709551617", b"18446744073709551618", b"1e30")}
 
     assert len(keys) == 3
+
+
+def deep(levels: int, text: str) -> bytes:
+    return b"[" * levels + msgspec.json.encode(text) + b"]" * levels
+
+
+@pytest.mark.parametrize("text", ["a", "ä"])
+def test_a_field_is_keyed_or_refused_by_its_name_however_deep_it_is(text: str) -> None:
+    refused = []
+    for levels in range(100, sys.getrecursionlimit() + 20):
+        field = msgspec.Raw(deep(levels, text))
+        request = msgspec.structs.replace(make_request(), fields={"x_flat": msgspec.Raw(b'"x"'), "x_deep": field})
+        try:
+            assert text in canonical_request(request).decode()
+        except UnreadableField as error:
+            assert error.field == "x_deep"
+            refused.append(levels)
+    assert refused == list(range(refused[0], sys.getrecursionlimit() + 20))

@@ -102,7 +102,7 @@ class House:
         self.ledger = MemoryLedger(now=loop.time, limit_for=limit_for)
         self.exact = MemoryExactCache(now=lambda: 1e9)
         self.flights = Flights[Head](background.spawn)
-        self.slots = ImmediateSlots({"small-1": 9, "large-1": 9})
+        self.slots = ImmediateSlots()
         self.ejections = Ejections(now=loop.time)
         self.snapshot = self._snapshot()
         self.asked = 0
@@ -119,7 +119,7 @@ class House:
             clock=loop.time,
             now=lambda: 1e9,
             jitter=lambda: 0.0,
-            fresh_id=lambda: "chatcmpl-fresh",
+            fresh_id=lambda operation: "chatcmpl-fresh",
         )
 
     def _snapshot(self) -> Snapshot:
@@ -403,9 +403,10 @@ async def test_a_client_decides_what_it_takes_from_the_cache(
     assert house.engines["small-1"].calls == calls
 
 
-async def test_identical_requests_share_one_call_and_one_bill() -> None:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_identical_requests_share_one_call_and_one_bill(stream: bool) -> None:
     async with open_house() as house, asyncio.TaskGroup() as group:
-        texts = [group.create_task(house.read(make_request(model="fast", stream=n % 2 == 0))) for n in range(8)]
+        texts = [group.create_task(house.read(make_request(model="fast", stream=stream))) for _ in range(8)]
 
     assert {text.result() for text in texts} == {"This is a scripted answer."}
     assert house.engines["small-1"].calls == 1
@@ -460,6 +461,48 @@ async def test_a_client_that_leaves_while_its_answer_is_being_settled_changes_no
     assert (outcome, usage.completion_tokens) == ("answered", 5)
 
 
+async def test_an_answer_whose_tokens_take_too_long_to_count_is_settled_by_its_frames() -> None:
+    async def count(text: str) -> int:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with open_house(small=Script(reports_usage=False), count_tokens=count) as house:
+        await house.read(make_request(model="fast", stream=True))
+
+    [(outcome, _, usage, _)] = house.recorded.ended
+    assert (outcome, usage.completion_tokens, usage.estimated) == ("answered", 5, True)
+
+
+async def test_an_opener_that_runs_out_of_time_takes_nobody_with_it() -> None:
+    async with open_house() as house:
+        scripts = iter([Script(fault="hang"), USUAL])
+        house.engines["small-1"].script = lambda call: next(scripts)
+        async with asyncio.TaskGroup() as group:
+            opener = group.create_task(out_of_time(house))
+            follower = group.create_task(house.read(make_request(model="fast")))
+
+    assert opener.result()
+    assert follower.result() == "This is a scripted answer."
+
+
+async def out_of_time(house: House) -> bool:
+    try:
+        await house.read(make_request(model="fast"), within_s=0.03)
+    except (DeadlinePassed, AttemptsFailed):
+        return True
+    return False
+
+
+async def test_who_wants_a_fresh_answer_shares_none() -> None:
+    async with open_house(small=Script(fault="hang", fault_after_tokens=1)) as house:
+        answers = [await house.ask(make_request(model="fast", stream=True), control=no) for no in (None, "no-cache")]
+        for answer in answers:
+            answer.source.leave()
+
+    assert [answer.cache for answer in answers] == ["miss", "miss"]
+    assert house.engines["small-1"].calls == 2
+
+
 async def test_an_opener_that_leaves_takes_nothing_from_who_still_listens() -> None:
     async with open_house() as house:
         opener = await house.ask(make_request(model="fast", stream=True))
@@ -505,10 +548,11 @@ async def test_leases_of_calls_that_last_are_renewed_and_no_others() -> None:
         house.ledger.lease_s = 0.03
         answer = await house.ask(make_request(model="fast", stream=True))
         [before] = house.ledger.live("t1")
-        house.background.keep(house.pipeline.renew_leases(), "renewal")
-        with anyio.fail_after(5):
+        async with asyncio.TaskGroup() as group:
+            renewal = group.create_task(house.pipeline.renew_leases())
             while house.ledger.live("t1") == (before,):
                 await anyio.sleep(0.002)
+            renewal.cancel()
         [after] = house.ledger.live("t1")
         assert after.expires_at > before.expires_at
         assert after.amounts == before.amounts

@@ -1,0 +1,156 @@
+"""`forebay serve` from start to end: what it needs to start, what it says once, how it leaves."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import anyio
+import httpx
+import msgspec
+import pytest
+
+from gateway.processes import claimed, listen
+from tests.processes.served import Served, forebay, served
+from tests.processes.world import runs
+
+POLICY = """
+name: scripted
+backends:
+  played: {kind: scripted, answer: "one two three four five six seven eight nine ten", token_delay: 0.25s}
+models:
+  m: {backends: [played], context_window: 8192, price: {input: 1, output: 1}}
+routes:
+  auto: {strategy: fixed, model: m}
+"""
+
+BODY = {"model": "auto", "stream": True, "messages": [{"role": "user", "content": "count"}]}
+
+
+@pytest.fixture
+def policy(runtime: Path) -> Path:
+    path = runtime / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+async def key_for(data: Path) -> str:
+    return (await forebay("keys", "create", "--tenant", "acme", "--data-dir", str(data))).stdout.strip()
+
+
+async def owner_keys(data: Path) -> list[object]:
+    listed = await forebay("keys", "list", "--json", "--data-dir", str(data))
+    return [key for key in msgspec.json.decode(listed.stdout) if key["role"] == "owner"]
+
+
+async def test_while_it_drains_nobody_who_connects_is_left_hanging_and_what_runs_is_finished(
+    runtime: Path, policy: Path
+) -> None:
+    data = runtime / "data"
+    headers = {"authorization": f"Bearer {await key_for(data)}"}
+    met: list[int | str] = []
+
+    async with (
+        served(data, policy, workers=2, drain_notice_s=0.4, drain_s=20) as gateway,
+        httpx.AsyncClient(base_url=await gateway.url(), headers=headers, timeout=20) as client,
+        client.stream("POST", "/v1/chat/completions", json=BODY) as answer,
+    ):
+        lines = answer.aiter_lines()
+        async for line in lines:
+            if '"content":"one' in line:
+                break
+        assert await ask_readiness(gateway) == 200
+
+        gateway.process.send_signal(signal.SIGTERM)
+        with anyio.fail_after(2):
+            while "refused" not in met:
+                met.append(await ask_readiness(gateway))
+        rest = [line async for line in lines]
+        with anyio.fail_after(10):
+            status = await gateway.process.wait()
+
+    assert 503 in met
+    assert set(met) <= {200, 503, "refused"}
+    assert met.index(503) < met.index("refused")
+    assert met[met.index(503) :].count(200) <= 1, "a worker may hear the signal a moment after the other"
+    assert any('"content":" ten"' in line or '"content":"ten"' in line for line in rest)
+    assert [line for line in rest if line][-1] == "data: [DONE]"
+    assert status == 0
+
+
+async def ask_readiness(gateway: Served) -> int | str:
+    """What somebody meets who connects anew: a status, or `refused`. To be left hanging is to fail."""
+    try:
+        async with httpx.AsyncClient(base_url=await gateway.url(), timeout=1.5) as client:
+            return (await client.get("/readyz")).status_code
+    except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
+        return "refused"
+
+
+async def test_a_second_one_on_the_same_data_is_refused_and_leaves_the_first_alone(runtime: Path, policy: Path) -> None:
+    data = runtime / "data"
+    async with served(data, policy) as first:
+        url = await first.url()
+        metrics = {path.name for path in (data / "run" / "metrics").iterdir()}
+        second = await forebay("serve", "--policy", str(policy), "--data-dir", str(data), port=0)
+
+        assert second.returncode == 1
+        assert "Forebay already runs in" in second.stderr
+        assert metrics
+        assert {path.name for path in (data / "run" / "metrics").iterdir()} >= metrics
+        async with httpx.AsyncClient(base_url=url) as client:
+            assert "forebay_build_info" in (await client.get("/metrics")).text
+        first.process.terminate()
+        assert await first.process.wait() == 0
+
+
+async def test_no_start_that_fails_makes_an_owners_key_and_the_first_that_serves_shows_it(
+    runtime: Path, policy: Path
+) -> None:
+    data = runtime / "data"
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        refused = await forebay("serve", "--policy", str(policy), "--data-dir", str(data), port=port)
+    assert (refused.returncode, f"Port {port}" in refused.stderr) == (1, True)
+    with claimed(data / "run"):
+        refused = await forebay("serve", "--policy", str(policy), "--data-dir", str(data), port=0)
+    assert (refused.returncode, "already runs" in refused.stderr) == (1, True)
+    async with served(data, policy) as interrupted:
+        await interrupted.until("worker-0 starting")
+        interrupted.process.send_signal(signal.SIGINT)
+        await interrupted.process.wait()
+        assert "fb-admin-" not in interrupted.said
+    assert await owner_keys(data) == []
+
+    async with served(data, policy) as gateway:
+        key = (await gateway.until(r"fb-admin-\w+"))[0]
+        assert len(await owner_keys(data)) == 1
+        async with httpx.AsyncClient(base_url=await gateway.url()) as client:
+            answer = await client.get("/admin/v1/keys", headers={"authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
+        gateway.process.terminate()
+        await gateway.process.wait()
+    async with served(data, policy) as again:
+        await again.url()
+        again.process.terminate()
+        await again.process.wait()
+        assert "fb-admin-" not in again.said
+
+
+async def test_last_words_that_look_like_markup_harm_nobody(runtime: Path) -> None:
+    weights = runtime / "[" / "models" / "x]" / "broken.gguf"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"no weights")
+    local = f"  local: {{kind: llamacpp, weights: '{weights}', context_tokens: 512}}\nmodels:\n"
+    model = "  l: {backends: [local], context_window: 512, price: {input: 1, output: 1}}\nroutes:\n"
+    policy = runtime / "policy.yaml"
+    policy.write_text(POLICY.replace("models:\n", local).replace("routes:\n", model))
+
+    async with served(runtime / "data", policy) as gateway:
+        died = await gateway.until(r"engine-local died .*")
+        assert str(weights) in died[0]
+        assert runs(gateway.process.pid)
+        await gateway.url()
+        gateway.process.terminate()
+        assert await gateway.process.wait() == 0
+    assert "Traceback" not in gateway.said
