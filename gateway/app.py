@@ -249,6 +249,7 @@ def _watch_policy(
         environment,
         compile_policy,
         now=time.time,
+        last_good=settings.data_path / "policy.last-good.yaml",
         template_fault=template_fault,
         on_reload=reloaded,
     )

@@ -28,7 +28,7 @@ from backends.slots import Flow
 from backends.tokens import BytesPerToken
 from cache.entry import Entry, why_not_stored
 from cache.exact import ExactCache, Hit, Lookup, Miss
-from cache.inflight import Flight, Flights
+from cache.inflight import Flight, Flights, Follower
 from cache.key import AnswerScope, canonical_request, exact_key
 from cache.replay import Replay
 from cache.semantic import SemanticTier
@@ -134,20 +134,20 @@ class Pipeline:
         if isinstance(found, Hit):
             return self._replay(context, request, found, "exact", admitted)
 
-        # Who wants a fresh answer shares none; who streams must not wait for one that comes as a whole.
-        flight_key = None if key is None or context.cache_control.no_cache else f"{key}:{request.stream:d}"
+        flight_keys = self._flight_keys(context, request, key)
         while True:
-            follower = self._flights.join(flight_key)
+            follower = self._join(flight_keys)
             verdict: CacheVerdict = "coalesced"
             if follower is None:
                 near = await self._look_near(context, request, scope, bypass)
                 if isinstance(near, Hit):
                     return self._replay(context, request, near, "semantic", admitted)
-                follower = self._flights.join(flight_key)
+                follower = self._join(flight_keys)
             if follower is None:
                 verdict = "bypass" if bypass else "miss"
                 follower = self._flights.open(
-                    flight_key, lambda flight: self._fly(flight, context, request, scope, key)
+                    flight_keys[0] if flight_keys else None,
+                    lambda flight: self._fly(flight, context, request, scope, key),
                 )
             try:
                 async with asyncio.timeout_at(context.deadline):
@@ -244,6 +244,23 @@ class Pipeline:
         if not context.tenant.may_use(request.model):
             raise ModelNotAllowed(f"this key may not use '{request.model}'", param="model")
         return scope
+
+    def _flight_keys(self, context: RequestContext, request: ChatRequest, key: str | None) -> tuple[str, ...]:
+        """The flights this request may join, the first of them its own kind.
+
+        Who wants a fresh answer shares none. Who streams must not wait for an answer that comes as a whole; the other
+        way round a stream is simply read to its end.
+        """
+        if key is None or context.cache_control.no_cache:
+            return ()
+        streamed = f"{key}:stream"
+        return (streamed,) if request.stream else (f"{key}:whole", streamed)
+
+    def _join(self, flight_keys: tuple[str, ...]) -> Follower[Head] | None:
+        for flight_key in flight_keys:
+            if (follower := self._flights.join(flight_key)) is not None:
+                return follower
+        return None
 
     def _bypass(self, context: RequestContext, request: ChatRequest, policy: ExactCachePolicy) -> str | None:
         """Why this request neither shares an answer nor keeps one; None where it may."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from policies.redis_address import RedisAddress
+from policies.secrets import RootSecret
 from policies.store import check_url
 
 ENVIRONMENT_PREFIX = "FOREBAY_"
@@ -82,10 +83,17 @@ class ResolvedSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 SECRET_FIELDS = frozenset({"root_secret"})
 
-URL_CHECKS: Mapping[str, Callable[[str], object]] = MappingProxyType(
-    {"store_url": check_url, "state_url": RedisAddress.parse, "cache_url": RedisAddress.parse}
+URL_FIELDS = frozenset({"store_url", "state_url", "cache_url"})
+
+_CHECKS: Mapping[str, Callable[[str], object]] = MappingProxyType(
+    {
+        "root_secret": lambda text: RootSecret.parse(text.encode()),
+        "store_url": check_url,
+        "state_url": RedisAddress.parse,
+        "cache_url": RedisAddress.parse,
+    }
 )
-"""Settings that are URLs, and who says whether they are good: by a ValueError that repeats no credential."""
+"""Who says whether a setting is good, by an error that repeats no secret and no credential."""
 
 SUPERVISOR_FIELDS = frozenset({"engines", "metrics_dir", "runtime_dir"})
 """What the supervisor tells its workers; nobody else sets them."""
@@ -124,7 +132,7 @@ def shown(settings: Settings) -> dict[str, Any]:
         name: "(set, not shown)"
         if name in SECRET_FIELDS and value
         else without_credentials(value)
-        if name in URL_CHECKS
+        if name in URL_FIELDS
         else value
         for name, value in values.items()
         if name not in SUPERVISOR_FIELDS
@@ -147,7 +155,7 @@ def _check(name: str, value: Any, origin: str) -> None:
             reason = str(error).partition(" - at `$")[0].partition(", got ")[0]
         given = "" if name in SECRET_FIELDS else f", got {str(value)!r}"
         raise SettingError(f"{origin}: {reason[:1].lower()}{reason[1:]}{given}") from None
-    if value and (check := URL_CHECKS.get(name)):
+    if value and (check := _CHECKS.get(name)):
         try:
             check(value)
         except ValueError as error:

@@ -110,7 +110,7 @@ def _timeouts(spec: TimeoutsSpec, own: BackendTimeoutsSpec | None) -> Timeouts:
         connect_s=spec.connect if own.connect is None else own.connect,
         first_token_s=spec.first_token if own.first_token is None else own.first_token,
         idle_s=spec.idle if own.idle is None else own.idle,
-        total_s=spec.total,
+        total_s=spec.total if own.total is None else own.total,
     )
 
 

@@ -136,12 +136,13 @@ class _Check:
 
     def _timeouts(self, path: Path, timeouts: TimeoutsSpec | BackendTimeoutsSpec) -> None:
         """Only what was written can be mistaken: a default is cut short by `total` without harm."""
-        total_s = timeouts.total if isinstance(timeouts, TimeoutsSpec) else self._total_s()
+        total_s = self._total_s() if timeouts.total is None else timeouts.total
         for phase in ("connect", "first_token", "idle", "total"):
             here = (*path, phase)
-            if here not in self._policy.values:
+            stated = getattr(timeouts, phase)
+            if here not in self._policy.values or stated is None:
                 continue
-            seconds = float(getattr(timeouts, phase))
+            seconds = float(stated)
             if seconds == 0:
                 self._mistake(here, "is zero: every call would fail")
             elif seconds > total_s > 0:

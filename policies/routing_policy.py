@@ -109,11 +109,12 @@ class TimeoutsSpec(_Spec, frozen=True):
 
 
 class BackendTimeoutsSpec(_Spec, frozen=True):
-    """A backend's own clocks; what is not stated is the policy's. `total` belongs to the request and stays its."""
+    """A backend's own clocks; what is not stated is the policy's. Its `total` is for one attempt at it."""
 
     connect: Duration | None = None
     first_token: Duration | None = None
     idle: Duration | None = None
+    total: Duration | None = None
 
 
 class RetriesSpec(_Spec, frozen=True):

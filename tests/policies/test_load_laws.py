@@ -21,6 +21,7 @@ from policies.load import parse_policy
 from policies.mistakes import Findings, PolicyError
 from policies.money import UsdPer1M
 from policies.routing_policy import (
+    BackendTimeoutsSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
@@ -51,6 +52,15 @@ def timeouts(draw: st.DrawFn) -> TimeoutsSpec:
     return TimeoutsSpec(connect=next(phases), first_token=next(phases), idle=next(phases), total=Duration(total))
 
 
+def own_timeouts() -> st.SearchStrategy[BackendTimeoutsSpec]:
+    """A backend's: all of its clocks, since those it leaves out are the policy's."""
+    return timeouts().map(
+        lambda spec: BackendTimeoutsSpec(
+            connect=spec.connect, first_token=spec.first_token, idle=spec.idle, total=spec.total
+        )
+    )
+
+
 backends = st.one_of(
     st.builds(
         OpenAIBackendSpec,
@@ -60,7 +70,7 @@ backends = st.one_of(
         headers=st.dictionaries(st.sampled_from(["X-A", "accept"]), st.sampled_from(["", "1", "a: b"])),
         max_concurrent=st.none() | counts,
         max_n=st.none() | counts,
-        timeouts=st.none() | timeouts(),
+        timeouts=st.none() | own_timeouts(),
     ),
     st.builds(
         LlamaCppBackendSpec,
@@ -75,7 +85,7 @@ backends = st.one_of(
         answer=texts,
         first_token_delay=durations,
         fault=st.sampled_from(["none", "hang", "reset"]),
-        timeouts=st.none() | timeouts(),
+        timeouts=st.none() | own_timeouts(),
     ),
 )
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import stat
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ from alembic.migration import MigrationContext
 
 from policies import store as store_module
 from policies.secrets import RootSecret, looks_like_key
-from policies.store import AlreadyExists, AlreadyRevoked, NotFound, Store, StoreUnreachable
+from policies.store import AlreadyExists, AlreadyRevoked, NotFound, Store, StoreUnreachable, check_url
 from policies.tenant import NewKey
 from tests.policies.race import race
 from tests.postgresql import PostgreSQL, postgresql
@@ -490,3 +491,62 @@ async def test_a_file_that_is_no_database_is_unreachable_and_kept(database: Path
         await store.migrate()
     assert database.read_text() == "no database, " * 100
     await store.aclose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///forebay.sqlite3",
+        "sqlite+aiosqlite:////var/lib/forebay.sqlite3",
+        "postgresql://u:p%40w@h:5432/d",
+        "postgres://u@h/d?ssl=require&prepared_statement_cache_size=0",
+        "postgresql+asyncpg:///d?host=/run/postgresql",
+    ],
+)
+def test_a_url_of_a_store_is_taken(url: str) -> None:
+    check_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense", "not a URL"),
+        ("postgresql://u:hunter/2@h:x/d", "not a URL"),
+        ("mysql://u:hunter2@h/d", "mysql:// is no store; supported are sqlite:///"),
+        ("postgresql+psycopg://u:hunter2@h/d", "postgresql+psycopg:// is no store"),
+        ("sqlite+pysqlite:///x", "sqlite+pysqlite:// is no store"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:///x?mode=ro", "no parameter 'mode'"),
+        ("postgresql://u:hunter2@h/d?sslmode=require", "'sslmode'; its name here is ssl"),
+        ("postgresql://u:hunter2@h/d?prepared_statement_cache_size=hunter2", "a value that it cannot have"),
+    ],
+)
+def test_a_url_that_is_none_of_a_store_is_refused_with_what_is_wrong_and_no_password(url: str, said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check_url(url)
+
+    assert said in str(refused.value)
+    assert "hunter" not in str(refused.value)
+
+
+def test_postgresql_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+
+    check_url("sqlite:///x")
+    with pytest.raises(ValueError, match=r"pip install 'forebay\[postgres\]'"):
+        check_url("postgresql://h/d")
+
+
+@pytest.mark.slow
+async def test_a_postgresql_that_does_not_let_us_in_is_unreachable_and_says_why(server: PostgreSQL) -> None:
+    there = sa.make_url(await server.new_database())
+    for url, said in (
+        (there.set(database="none"), 'database "none" does not exist'),
+        (there.set(username="nobody"), 'role "nobody" does not exist'),
+        (there.set(query={"host": "/nowhere"}), "No such file"),
+    ):
+        store = Store(url.render_as_string(hide_password=False), ROOT)
+        with pytest.raises(StoreUnreachable, match=said):
+            await store.migrate()
+        await store.aclose()

@@ -421,3 +421,104 @@ async def test_without_a_key_a_flight_stays_private() -> None:
         assert flights.join(None) is None
         assert len(flights) == 0
         follower.leave()
+
+
+async def test_all_flights_are_ended_at_once_and_what_they_shield_is_not_broken_into() -> None:
+    settled = []
+
+    async def fly(flight: Flight[str]) -> None:
+        flight.commit("head")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with anyio.move_on_after(5, shield=True):
+                await turns(5)
+                settled.append(flight)
+
+    async with airport() as (flights, _):
+        followers = [flights.open(KEY, fly), flights.join(KEY), flights.open(None, fly)]
+        await turns(2)
+        unbegun = flights.open("other", fly)
+        flights.abort_all()
+        assert len(flights) == 0
+        for follower in [*followers, unbegun]:
+            assert follower is not None
+            with pytest.raises(FlightAbandoned):
+                await follower.take()
+        assert settled == []
+    assert len(settled) == 2
+
+
+async def test_ending_all_flights_leaves_those_that_have_landed_to_their_own_business() -> None:
+    kept = []
+    gate = asyncio.Event()
+
+    async def fly(flight: Flight[str]) -> None:
+        flight.commit("head")
+        flight.land()
+        await gate.wait()
+        kept.append(flight)
+
+    async with airport() as (flights, _):
+        follower = flights.open(KEY, fly)
+        assert await follower.take() == []
+        flights.abort_all()
+        gate.set()
+        await turns(3)
+        flights.abort_all()
+    assert len(kept) == 1
+
+
+async def test_leaving_the_group_lets_a_flight_finish_what_it_shields() -> None:
+    settled = []
+
+    async def fly(flight: Flight[str]) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with anyio.move_on_after(5, shield=True):
+                await turns(5)
+                settled.append(flight)
+
+    async with Background(lambda name, error: None) as background:
+        follower = Flights[str](background.spawn).open(KEY, fly)
+        await turns(2)
+    assert len(settled) == 1
+    with pytest.raises(FlightAbandoned):
+        await follower.head()
+
+
+@settings(max_examples=60, deadline=None)
+@given(paces=st.lists(st.integers(0, 6), min_size=1, max_size=4), leaver=st.integers(0, 30), count=st.integers(0, 12))
+async def test_past_its_shared_size_a_flight_keeps_only_what_somebody_has_still_to_take(
+    paces: list[int], leaver: int, count: int
+) -> None:
+    flight = Flight[str](max_lag_bytes=MAX_SHARED_BYTES)
+    followers = [flight.join() for _ in paces]
+    heard: dict[Follower[str], list[int]] = {follower: [] for follower in followers}
+
+    async def produce() -> None:
+        await flight.publish(event(0, MAX_SHARED_BYTES + 1))
+        for number in range(1, count):
+            await flight.publish(event(number))
+            await turns(1)
+        flight.land()
+
+    async def consume(follower: Follower[str], pace: int) -> None:
+        try:
+            while events := await follower.take():
+                heard[follower] += numbers(events)
+                there = [number for number in range(count) if number > min(heard[f][-1] for f in heard if heard[f])]
+                assert all(heard.values()) <= (numbers(flight._events) == there[: len(flight._events)])
+                await turns(pace)
+            assert heard[follower] == list(range(max(count, 1)))
+        finally:
+            heard.pop(follower)
+            follower.leave()
+
+    with anyio.fail_after(HUNG_S):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(produce())
+            tasks = [group.create_task(consume(*one)) for one in zip(followers, paces, strict=True)]
+            if len(tasks) > 1:
+                group.create_task(cancel_after(leaver, tasks[0].cancel))

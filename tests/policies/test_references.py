@@ -1,0 +1,66 @@
+"""Where a policy's backends stand: a URL that no call could ever be made to is a mistake of the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from policies.load import load_policy
+from policies.mistakes import PolicyError
+
+POLICY = """\
+name: there
+backends:
+  far: {kind: openai, url: "${URL}"}
+  near:
+    kind: llamacpp
+    url: %s
+models:
+  m: {backends: [far, near], context_window: 2048, price: {input: 1, output: 1}}
+routes:
+  auto: {strategy: fixed, model: m}
+"""
+GOOD = "http://127.0.0.1:8000/v1"
+NOWHERE = [
+    "http://h:99999/v1",
+    "http://h:0/v1",
+    "http://h:port/v1",
+    "http://[h/v1",
+    "http://[zz]/v1",
+    "http:///v1",
+    "http://:80/v1",
+    "http://ä..x/v1",
+]
+
+
+def load(folder: Path, near: str, far: str) -> None:
+    path = folder / "policy.yaml"
+    path.write_text(POLICY % f'"{near}"')
+    load_policy(path, {"URL": far})
+
+
+@pytest.mark.parametrize("url", NOWHERE)
+def test_a_url_that_names_no_server_is_a_mistake_with_its_place(tmp_path: Path, url: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        load(tmp_path, near=url, far=GOOD)
+
+    (mistake,) = refused.value.mistakes
+    assert (mistake.line, mistake.column, mistake.path) == (6, 10, "backends.near.url")
+    assert f"'{url}' names no server" in mistake.message
+
+
+def test_what_the_environment_gave_is_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError) as refused:
+        load(tmp_path, near=GOOD, far="http://user:hunter2@h:99999/v1")
+
+    assert "policy.yaml:3:28: backends.far.url: '${URL}' names no server" in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [GOOD, "https://api.example.com", "http://[::1]:8080/v1", "http://a_b/v1", "http://h:/v1", "http://bücher.de"],
+)
+def test_a_url_that_names_a_server_is_taken(tmp_path: Path, url: str) -> None:
+    load(tmp_path, near=url, far=url)
