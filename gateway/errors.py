@@ -64,8 +64,14 @@ class RouteNotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
+    """`allow` are the methods that are, as the `Allow` header writes them."""
+
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class ModelNotAllowed(RequestError):
@@ -93,6 +99,8 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: float | None = None
     should_retry: bool | None = None
     """What `x-should-retry` tells an SDK; None leaves it to the status."""
+    allow: str | None = None
+    """With a 405: the methods that are allowed."""
 
     def body(self) -> bytes:
         return msgspec.json.encode(
@@ -104,6 +112,8 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(math.ceil(self.retry_after_s)).encode()))
             headers.append((b"retry-after-ms", str(math.ceil(self.retry_after_s * 1000)).encode()))
+        if self.allow is not None:
+            headers.append((b"allow", self.allow.encode()))
         if self.should_retry is not None:
             headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
         return headers
@@ -185,6 +195,7 @@ def _rejected(error: RequestRejected) -> Rendered:
 
 TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
     RequestError: _request_error,
+    MethodNotAllowed: lambda error: msgspec.structs.replace(_request_error(error), allow=error.allow),
     UnreadableField: lambda error: Rendered(
         status=400, type=_INVALID, code="invalid_value", message=str(error), param=error.field
     ),

@@ -156,7 +156,8 @@ def _domain_error(request: Request[Any, Any, Any], error: Exception) -> Exceptio
     if error.status_code == 404:
         return RouteNotFound(f"there is nothing at {request.scope['path']}; see /openapi for what there is")
     if error.status_code == 405:
-        return MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}")
+        allow = (error.headers or {}).get("allow", "GET")
+        return MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}; use {allow}", allow=allow)
     if error.status_code < 500:
         return RequestError(error.detail)
     return error

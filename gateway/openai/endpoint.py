@@ -73,7 +73,7 @@ class InferenceEndpoint:
         writer = _Writer(send, common, exchange)
         try:
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
+                raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST", allow="POST")
             tenant = await self._authenticate(headers)
             request = self._read(
                 await read_body(

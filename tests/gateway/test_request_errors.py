@@ -271,6 +271,7 @@ async def test_a_method_that_is_not_for_this_address_has_the_envelope_too(world:
     response = await world.client.request(method, path)
     assert response.status_code == 405
     assert error_of(response)["code"] == "method_not_allowed"
+    assert ("POST" if "completions" in path else "GET") in response.headers["allow"].split(", ")
 
 
 async def test_head_is_answered_without_a_body(world: World) -> None:

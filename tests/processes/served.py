@@ -1,4 +1,4 @@
-"""`forebay serve` as a program of its own, what it says, and a key to ask it with."""
+"""`forebay serve` as a program of its own, and what it says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from gateway.processes import read_status
 from tests.processes.world import runs
 
 ROOT = Path(__file__).parents[2]
-FOREBAY = (sys.executable, "-m", "gateway")
 
 
 class Served:
@@ -58,7 +57,7 @@ def environment(**settings: object) -> dict[str, str]:
 @asynccontextmanager
 async def served(data: Path, policy: Path, **settings: object) -> AsyncIterator[Served]:
     """A process tree of its own on a free port; what is left of it is killed, by id."""
-    command = [*FOREBAY, "serve", "--policy", str(policy), "--data-dir", str(data)]
+    command = [sys.executable, "-m", "gateway", "serve", "--policy", str(policy), "--data-dir", str(data)]
     async with await anyio.open_process(
         command, cwd=ROOT, env=environment(**{"port": 0, **settings}), stdout=subprocess.DEVNULL
     ) as process:
@@ -76,10 +75,3 @@ async def served(data: Path, policy: Path, **settings: object) -> AsyncIterator[
 
 def _children(data: Path) -> list[int]:
     return [child.pid for child in read_status(data / "run") if child.pid is not None]
-
-
-async def forebay(*arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end."""
-    with anyio.fail_after(30):
-        done = await anyio.run_process([*FOREBAY, *arguments], check=False, cwd=ROOT, env=environment(**settings))
-    return subprocess.CompletedProcess(arguments, done.returncode, done.stdout.decode(), done.stderr.decode())

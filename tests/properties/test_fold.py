@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import tracemalloc
 from typing import Any
 
 import msgspec
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backends.chat import Operation, parse_event
-from backends.fold import fold, unfold
+from backends.fold import Unfoldable, fold, unfold
 
 Json = dict[str, Any]
 
@@ -207,3 +211,118 @@ def test_usage_that_grows_from_frame_to_frame_counts_as_it_was_last() -> None:
 
 def test_odd_tool_calls_do_no_harm() -> None:
     assert folded_message({"tool_calls": "x"}, {"tool_calls": "y"})["tool_calls"] == "xy"
+
+
+DELTAS = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.just("assistant"),
+        "content": st.none() | TEXT,
+        "reasoning_content": TEXT,
+        "tool_calls": st.lists(st.fixed_dictionaries({"index": st.integers(0, 1), "id": TEXT}), max_size=2),
+        "x_list": st.lists(TEXT, max_size=2),
+    },
+)
+PIECES = st.fixed_dictionaries(
+    {"index": st.integers(0, 1)},
+    optional={
+        "delta": DELTAS,
+        "text": st.none() | TEXT,
+        "logprobs": LOGPROBS | st.just({}),
+        "finish_reason": st.none() | FINISH,
+        "x_note": VALUES,
+    },
+)
+FRAMES = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.sampled_from(["a", "b"]),
+        "object": st.just("chat.completion.chunk"),
+        "created": st.sampled_from([1, 2, 1.5]),
+        "model": st.none() | st.just("m"),
+        "system_fingerprint": st.none() | st.sampled_from(["f", "g"]),
+        "service_tier": st.none() | st.just("default"),
+        "obfuscation": TEXT,
+        "usage": st.none() | USAGE,
+        "choices": st.none() | st.lists(PIECES, max_size=2) | PIECES.map(lambda piece: [piece]),
+        "x_more": VALUES,
+    },
+)
+
+
+@given(st.lists(FRAMES, max_size=8), st.sampled_from(OPERATIONS))
+def test_frames_that_only_go_on_are_folded_like_any_other(frames: list[Json], operation: Operation) -> None:
+    """A field that nobody knows makes every frame one that is read in full."""
+    marked = [{**frame, "choices": mark(frame.get("choices")), "x_mark": True} for frame in frames]
+    folded = decode(fold([encode(frame) for frame in marked], operation))
+    folded.pop("x_mark", None)
+    for choice in folded["choices"]:
+        del choice["x_mark"]
+    assert decode(fold([encode(frame) for frame in frames], operation)) == folded
+
+
+def mark(choices: list[Json] | None) -> list[Json] | None:
+    return choices and [{**choice, "x_mark": True} for choice in choices]
+
+
+def test_of_a_long_stream_only_the_pieces_are_kept() -> None:
+    frames = [chunk(delta={"content": f"{number} "}, logprobs=None, finish_reason=None) for number in range(2000)]
+    tracemalloc.start()
+    try:
+        fold(frames, "chat")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 500 * len(frames)
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["choices", "index", "delta", "message", "text", "logprobs", "tool_calls", "id", "function", "usage"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(st.lists(st.dictionaries(st.just("choices"), ODD).map(json.dumps).map(str.encode) | st.binary(max_size=8)))
+@example([b'{"choices":[{"index":[]}]}'])
+@example([b'{"choices":[{"index":"a"},{"index":1}]}'])
+@example([b'{"choices":[{"delta":[1]}]}'])
+@example([b'{"choices":[{"delta":{"tool_calls":[{"index":{}}]}}]}'])
+@example([b'{"choices":[{"delta":{"tool_calls":[{"id":[1]}]}}]}'])
+@example([b'{"choices":[{"index":0}],"x":1e999}'])
+@example([b'{"choices":[{"index":0}],"x":' + b"[" * 5000 + b"]" * 5000 + b"}"])
+@example([b'{"choices":[{"delta":{"x":%s1%s}}]}' % (b'{"a":' * 400, b"}" * 400)] * 2)
+@example([b'{"choices":[{"index":0,"delta":{"content":"\xff"}}]}'])
+@example([b'{"choices":[{"message":[1]}]}'])
+@example([b'{"choices":7}'])
+def test_whatever_does_not_fold_or_unfold_is_said_so_by_one_name(frames: list[bytes]) -> None:
+    for operation in OPERATIONS:
+        with contextlib.suppress(Unfoldable):
+            assert decode(fold(frames, operation))["object"]
+        for frame in frames:
+            with contextlib.suppress(Unfoldable):
+                unfold(frame, operation, include_usage=True)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b'{"choices":[{"delta":{"tool_calls":[{"index":[0]}]}}]}',
+        b'{"choices":[{"index":0}],"x_odd":1e999}',
+        b'{"choices":[{"index":"first"}]}',
+        b"[]",
+        b"{",
+    ],
+)
+def test_odd_frames_do_not_fold(frame: bytes) -> None:
+    with pytest.raises(Unfoldable):
+        fold([chunk(delta={"content": "a"}), frame], "chat")
