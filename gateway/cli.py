@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -176,8 +177,7 @@ def config(*, json: AsJson = False, data_dir: DataDir = None) -> int:
     for name, value in settings.items():
         table.add_row(name, str(value), resolved.origins[name])
     say_table(table)
-    policy = resolved.settings.policy
-    _note_unknown(resolved, referenced(read_policy(Path(policy)).decode(errors="replace")) if policy else frozenset())
+    _note_unknown(resolved)
     return 0
 
 
@@ -220,8 +220,7 @@ def _serve(
     on_serving: Callable[[Announcement], None],
     prepare: Callable[[Store], Coroutine[Any, Any, None]] | None = None,
 ) -> int:
-    policy = read_policy(Path(resolved.settings.policy))
-    _note_unknown(resolved, referenced(policy.decode(errors="replace")))
+    _note_unknown(resolved)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
             serve(resolved.settings, environment, on_event=_print_child_event, on_serving=on_serving, prepare=prepare)
@@ -294,10 +293,13 @@ def _print_explanation(explanation: Explanation) -> None:
     say(f"prompt     about {explanation.prompt_tokens} tokens")
 
 
-def _note_unknown(resolved: ResolvedSettings, referenced: frozenset[str]) -> None:
+def _note_unknown(resolved: ResolvedSettings) -> None:
     """Say which variables look like settings and are none, nor used by the policy."""
+    used: frozenset[str] = frozenset()
+    with suppress(PolicyError):  # whoever needs the policy says why it can not be read
+        used = referenced(read_policy(Path(resolved.settings.policy)).decode(errors="replace"))
     for variable in resolved.unknown:
-        if variable not in referenced:
+        if variable not in used:
             near = nearest(variable, (f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.__struct_fields__))
             report(("note", "dim"), f" {variable} names no setting", f"; did you mean {near}?" if near else "")
 

@@ -43,7 +43,14 @@ class Steps:
 class World:
     """A watch on one policy file, and all that it told."""
 
-    def __init__(self, path: Path, compiled: Callable[[Policy], str], env: Mapping[str, str] = ENV) -> None:
+    def __init__(
+        self,
+        path: Path,
+        compiled: Callable[[Policy], str],
+        env: Mapping[str, str] = ENV,
+        last_good: Path | None = None,
+        template_fault: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
         self.path = path
         self.time = Steps()
         self.reloads: list[Reload] = []
@@ -53,6 +60,8 @@ class World:
             env,
             compiled,
             now=lambda: 1000.0 + len(self.reloads),
+            last_good=last_good,
+            template_fault=template_fault,
             on_reload=self.reloads.append,
             retire=self.retired.append,
             sleep=self.time.sleep,
@@ -340,6 +349,143 @@ async def test_readers_on_every_thread_see_one_policy_and_what_was_made_of_it(wo
 def test_no_policy_at_the_start_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="no such file"):
         World(tmp_path / "none.yaml", name_of)
+
+
+@pytest.fixture
+def last_good(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "policy.last-good.yaml"
+
+
+def refuses_generous(policy: Policy) -> str:
+    if policy.file.retries.budget > 0.5:
+        raise ZeroDivisionError("no room")
+    return name_of(policy)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("name: [", "not YAML"),
+        (text("30"), "retries.budget"),
+        (text("0.9"), "can not take effect: ZeroDivisionError: no room"),
+        (None, "no such file"),
+    ],
+)
+def test_a_start_over_a_broken_file_takes_the_last_good_policy_and_says_so(
+    tmp_path: Path, last_good: Path, broken: str | None, reason: str
+) -> None:
+    path = write(tmp_path, text("0.2"))
+    good = World(path, refuses_generous, last_good=last_good).watch.current
+    path.unlink()
+    if broken is not None:
+        in_place(path, broken)
+
+    world = World(path, refuses_generous, last_good=last_good)
+
+    assert world.watch.current == good
+    assert world.watch.current.policy.source == str(path)
+    failure = world.watch.last_reload
+    assert (failure.result, failure.version) == ("failed", good.policy.version)
+    assert reason in failure.message
+    assert SECRET not in failure.message
+    assert world.reloads == [failure]
+
+
+async def test_a_file_put_right_after_such_a_start_is_in_force_at_once(tmp_path: Path, last_good: Path) -> None:
+    path = write(tmp_path, GOOD)
+    World(path, name_of, last_good=last_good)
+    in_place(path, "name: [")
+    world = World(path, name_of, last_good=last_good)
+    async with world.running():
+        await world.time.pass_by(3)
+        assert world.results == ["failed"]
+        in_place(path, text("0.3"))
+        await world.time.pass_by(2)
+    assert world.results == ["failed", "loaded"]
+    assert world.budget == 0.3
+
+
+async def test_every_accepted_content_is_what_a_later_start_falls_back_to(tmp_path: Path, last_good: Path) -> None:
+    path = write(tmp_path, GOOD)
+    world = World(path, refuses_generous, last_good=last_good)
+    assert last_good.read_text(encoding="utf-8") == GOOD
+    async with world.running():
+        for content, kept in (
+            (text("0.3"), text("0.3")),
+            ("# why\n" + text("0.3"), "# why\n" + text("0.3")),
+            (text("0.9"), "# why\n" + text("0.3")),
+            ("name: [", "# why\n" + text("0.3")),
+        ):
+            in_place(path, content)
+            await world.time.pass_by(2)
+            assert last_good.read_text(encoding="utf-8") == kept
+    assert [file.name for file in last_good.parent.iterdir()] == [last_good.name]
+    assert last_good.stat().st_mode & 0o077 == 0
+    assert world.watch.unkept == ""
+
+
+@pytest.mark.parametrize("kept", [None, "name: [", text("0.9")])
+def test_without_a_last_good_policy_that_works_the_start_fails_for_the_files_own_reason(
+    tmp_path: Path, last_good: Path, kept: str | None
+) -> None:
+    path = write(tmp_path, text("30"))
+    if kept is not None:
+        last_good.parent.mkdir()
+        in_place(last_good, kept)
+    with pytest.raises(PolicyError, match=r"retries\.budget"):
+        World(path, refuses_generous, last_good=last_good)
+    in_place(path, text("0.9"))
+    with pytest.raises(ZeroDivisionError):
+        World(path, refuses_generous, last_good=last_good)
+
+
+async def test_a_copy_that_can_not_be_kept_is_said_and_changes_nothing_else(tmp_path: Path, last_good: Path) -> None:
+    last_good.parent.touch()
+    world = World(write(tmp_path, GOOD), name_of, last_good=last_good)
+    assert str(last_good) in world.watch.unkept
+    in_place(world.path, text("0.3"))
+    assert (await world.watch.reload()).result == "loaded"
+    assert str(last_good) in world.watch.unkept
+
+    last_good.parent.unlink()
+    assert (await world.watch.reload()).result == "unchanged"
+    assert world.watch.unkept == ""
+    assert last_good.read_text(encoding="utf-8") == text("0.3")
+
+
+async def test_whatever_loading_trips_over_the_watch_goes_on(tmp_path: Path) -> None:
+    def fault(template: str) -> str | None:
+        if template == "odd":
+            raise RecursionError(f"of a {SECRET}")
+        return None
+
+    world = World(write(tmp_path, GOOD), name_of, template_fault=fault)
+    before = world.watch.current
+    async with world.running():
+        in_place(world.path, GOOD.replace('"$${not a variable}"', "odd"))
+        await world.time.pass_by(2)
+        assert world.watch.current is before
+        assert world.results == ["failed"]
+        assert world.watch.last_reload.message.endswith("can not be loaded: RecursionError")
+        assert world.watch.last_reload.mistakes
+        in_place(world.path, text("0.3"))
+        await world.time.pass_by(2)
+    assert world.results == ["failed", "loaded"]
+
+
+async def test_a_listener_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
+    world = World(write(tmp_path, GOOD), name_of)
+    world.watch._retire = lambda _: 1 // 0
+    async with world.running():
+        in_place(world.path, text("0.3"))
+        await world.time.pass_by(3)
+        assert world.budget == 0.3
+        assert "ZeroDivisionError" in world.watch.last_reload.message
+        world.watch._retire = None
+        in_place(world.path, text("0.2"))
+        await world.time.pass_by(2)
+    assert world.budget == 0.2
+    assert world.watch.last_reload.ok
 
 
 async def test_the_real_clock_takes_a_change_within_a_second(tmp_path: Path) -> None:
