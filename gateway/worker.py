@@ -90,6 +90,7 @@ def serve_app(gateway: Gateway, settings: Settings, *, on_started: Callable[[], 
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody here asks for the address of a client
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + CLOSE_AFTER_DRAIN_S,
     )

@@ -35,6 +35,8 @@ import httpx
 import msgspec
 import uvicorn
 
+from gateway.processes import read_status
+
 CONNECTIONS = 32
 COMPLETION = msgspec.json.encode(
     {
@@ -235,8 +237,8 @@ def forebay_server(folder: Path, upstream_port: int) -> Iterator[tuple[int, int,
     )
     try:
         _wait_for(f"http://127.0.0.1:{port}/healthz", process)
-        children = httpx.get(f"http://127.0.0.1:{port}/readyz").json()["children"]
-        worker = next(child["pid"] for child in children if child["name"].startswith("worker"))
+        (worker,) = [child.pid for child in read_status(data / "run") if child.name.startswith("worker")]
+        assert worker is not None
         yield port, worker, key.stdout.decode().strip()
     finally:
         process.terminate()
