@@ -83,23 +83,23 @@ class _PlainFrame(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     obfuscation: str | UnsetType = UNSET
     usage: UnsetType | None = UNSET
 
-    def repeats(self) -> tuple[object, ...]:
-        """Equal for two frames that tell the same, delta, text and logprobs apart.
+    def shape(self) -> tuple[object, ...]:
+        """Equal for two frames of which the second tells nothing new, unless by its delta, text or logprobs.
 
-        OpenAI's random padding only has to be there in both, since the first frame's stands for all.
+        Of all other fields the first word counts, so it matters whether they were there, and not what they say.
         """
         [piece] = self.choices
         return (
             piece.index,
-            self.id,
-            self.created,
-            self.kind,
-            self.model,
-            self.system_fingerprint,
-            self.service_tier,
-            self.obfuscation is UNSET,
-            piece.logprobs is UNSET,
-            piece.finish_reason is UNSET,
+            type(self.id),
+            type(self.kind),
+            type(self.created),
+            type(self.model),
+            type(self.system_fingerprint),
+            type(self.service_tier),
+            type(self.obfuscation),
+            type(piece.logprobs),
+            type(piece.finish_reason),
         )
 
 
@@ -111,14 +111,14 @@ class _Answer:
     """What the frames so far add up to.
 
     Nearly all frames of a long stream are plain and repeat an earlier one but for their pieces. Those are read with
-    half the work, and nothing of them is kept but the pieces.
+    a third of the work, and nothing of them is kept but the pieces.
     """
 
     def __init__(self) -> None:
         self._heads: list[Json] = []
         self._usage: Any = None
         self._choices: dict[int, _Choice] = {}
-        self._told: dict[tuple[object, ...], _Choice] = {}
+        self._by_shape: dict[tuple[object, ...], _Choice] = {}
 
     def add(self, raw: bytes) -> None:
         try:
@@ -126,12 +126,12 @@ class _Answer:
         except msgspec.ValidationError:
             self._take(raw)
             return
-        repeats = plain.repeats()
-        if (choice := self._told.get(repeats)) is not None:
+        shape = plain.shape()
+        if (choice := self._by_shape.get(shape)) is not None:
             choice.go_on(plain.choices[0])
         else:
             self._take(raw)
-            self._told[repeats] = self._choices[plain.choices[0].index]
+            self._by_shape[shape] = self._choices[plain.choices[0].index]
 
     def _take(self, raw: bytes) -> None:
         """Take a frame with all of its fields, whatever they are."""

@@ -20,7 +20,7 @@ import msgspec
 from backends.backend import Call, Load
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendProtocolError, RequestRejected
-from backends.fold import fold
+from backends.fold import Unfoldable, fold
 from backends.openai_http import OpenAIBackend
 from backends.templates import ChatTemplate, TemplateFailed
 
@@ -97,7 +97,13 @@ class LlamaCppBackend:
                     else:
                         frames.append(told.raw)
         if frames:
-            yield parse_event(fold(frames, request.operation), whole=True)
+            yield parse_event(self._folded(frames, call), whole=True)
+
+    def _folded(self, frames: list[bytes], call: Call) -> bytes:
+        try:
+            return fold(frames, call.request.operation)
+        except Unfoldable as error:
+            raise BackendProtocolError(str(error), backend=self.name, model=call.model) from error
 
     async def check(self, *, within_s: float) -> None:
         await self._engine.check(within_s=within_s)

@@ -59,9 +59,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"line {error.lineno}: {error.message}") from error
-        except (
-            Exception
-        ) as error:  # a program from outside: nested or placed as no compiler of Jinja or Python takes it
+        except Exception as error:  # a program from outside: Jinja and Python compile it, each with errors of its own
             raise ValueError(f"does not compile: {type(error).__name__}: {error}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._max_prompt_bytes = max_prompt_bytes

@@ -7,6 +7,7 @@ ended, in the opposite order. The command line, the tests and the benchmarks all
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import secrets
 import time
@@ -249,10 +250,16 @@ def _watch_policy(
         environment,
         compile_policy,
         now=time.time,
-        last_good=settings.data_path / "policy.last-good.yaml",
+        last_good=_last_good_path(settings),
         template_fault=template_fault,
         on_reload=reloaded,
     )
+
+
+def _last_good_path(settings: Settings) -> Path:
+    """One for each policy file, so that no process ever falls back on another file's policy."""
+    of = hashlib.blake2b(str(Path(settings.policy).absolute()).encode(), digest_size=4).hexdigest()
+    return settings.data_path / f"policy-{of}.last-good.yaml"
 
 
 def _exact_cache(redis: Mapping[str, SharedState]) -> ExactCache:

@@ -79,13 +79,12 @@ class Background:
         task.add_done_callback(self._spawn_ended)
         return task
 
-    def keep(self, loop: Loop | Coroutine[Any, Any, None], name: str) -> None:
+    def keep(self, loop: Loop, name: str) -> None:
         """Run `loop`, such as a poller, until it returns or the group is left.
 
         When it crashes, it is reported and begun again: after 0.1 s, then twice as long each time, at most 5 s.
         """
-        begin = loop if callable(loop) else lambda: loop
-        task = self._loop.create_task(self._kept(begin, name), name=name)
+        task = self._loop.create_task(self._kept(loop, name), name=name)
         self._loops.add(task)
         task.add_done_callback(self._loops.discard)
 

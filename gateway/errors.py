@@ -21,6 +21,7 @@ from backends.errors import (
     BackendUnreachable,
     RequestRejected,
 )
+from backends.fold import Unfoldable
 from cache.inflight import FlightAbandoned
 from cache.key import UnreadableField
 from gateway.auth import InvalidKey, KeyExpired, MissingKey, StoreUnavailable
@@ -221,6 +222,12 @@ TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
     BackendTimeout: _timeout,
     BackendFailed: _backend(502, "backend_failed", "the model failed to answer"),
     BackendProtocolError: _backend(502, "backend_protocol_error", "the model's answer broke off or was unreadable"),
+    Unfoldable: lambda error: Rendered(
+        status=502,
+        type=_SERVER,
+        code="backend_protocol_error",
+        message="the model's answer came in pieces that do not add up to one",
+    ),
     BackendRefusedCredentials: _backend(
         502, "backend_refused_credentials", "the model refused the gateway's credentials; its operator has to act"
     ),

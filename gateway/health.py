@@ -122,11 +122,14 @@ class Health:
         )
 
     def _policy_troubles(self) -> list[Trouble]:
-        reload = self._watch.last_reload
-        if reload.ok:
-            return []
-        why = f"the last reload failed, {reload.version} stays in force"
-        return [Trouble(what="policy", why=why, detail=reload.message)]
+        reload, troubles = self._watch.last_reload, []
+        if not reload.ok:
+            why = f"the last reload failed, {reload.version} stays in force"
+            troubles.append(Trouble(what="policy", why=why, detail=reload.message))
+        if self._watch.unkept:
+            why = "no copy of it could be kept, so that a start with a broken file would fail"
+            troubles.append(Trouble(what="policy", why=why, detail=self._watch.unkept))
+        return troubles
 
     async def _backends(self) -> dict[str, Trouble | None]:
         """What the backends said, at most `CHECKED_FOR_S` ago: whoever may ask us must not make us ask them at will."""

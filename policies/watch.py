@@ -220,7 +220,7 @@ class PolicyWatch(Generic[T]):
         if self._last_good is None or not isinstance(found, bytes):
             return ""
         try:
-            if not self._last_good.exists() or self._last_good.read_bytes() != found:
+            if not self._last_good.is_file() or self._last_good.read_bytes() != found:
                 _replace(self._last_good, found)
         except OSError as error:
             return f"{self._last_good}: {error.strerror}"

@@ -135,13 +135,11 @@ async def test_leaving_asks_work_to_end_and_lets_it_finish_what_it_shields() -> 
 
     async def work(scope: anyio.CancelScope) -> None:
         with scope:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                with anyio.move_on_after(5, shield=True):
-                    for _ in range(10):
-                        await asyncio.sleep(0)
-                    finished.append(1)
+            with anyio.CancelScope(shield=True):
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                finished.append(1)
+            await asyncio.Event().wait()
 
     async with Background(lambda name, error: None) as background:
         scope = anyio.CancelScope()

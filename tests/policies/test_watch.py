@@ -440,14 +440,15 @@ def test_without_a_last_good_policy_that_works_the_start_fails_for_the_files_own
 
 
 async def test_a_copy_that_can_not_be_kept_is_said_and_changes_nothing_else(tmp_path: Path, last_good: Path) -> None:
-    last_good.parent.touch()
+    last_good.mkdir(parents=True)
     world = World(write(tmp_path, GOOD), name_of, last_good=last_good)
     assert str(last_good) in world.watch.unkept
     in_place(world.path, text("0.3"))
     assert (await world.watch.reload()).result == "loaded"
     assert str(last_good) in world.watch.unkept
+    assert list(last_good.parent.iterdir()) == [last_good]
 
-    last_good.parent.unlink()
+    last_good.rmdir()
     assert (await world.watch.reload()).result == "unchanged"
     assert world.watch.unkept == ""
     assert last_good.read_text(encoding="utf-8") == text("0.3")

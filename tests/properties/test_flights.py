@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from backends.chat import Event
 from cache.inflight import MAX_SHARED_BYTES, Flight, FlightAbandoned, Flights, Follower
-from gateway.background import Background
+from gateway.background import END_WITHIN_S, Background
 
 KEY = "k"
 HUNG_S = 10.0
@@ -469,20 +469,20 @@ async def test_ending_all_flights_leaves_those_that_have_landed_to_their_own_bus
     assert len(kept) == 1
 
 
-async def test_leaving_the_group_lets_a_flight_finish_what_it_shields() -> None:
+async def test_leaving_the_group_ends_a_flight_at_once_and_lets_it_finish_what_it_shields() -> None:
     settled = []
 
     async def fly(flight: Flight[str]) -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            with anyio.move_on_after(5, shield=True):
-                await turns(5)
-                settled.append(flight)
+        with anyio.CancelScope(shield=True):
+            await turns(5)
+            settled.append(flight)
+        await asyncio.Event().wait()
 
     async with Background(lambda name, error: None) as background:
         follower = Flights[str](background.spawn).open(KEY, fly)
         await turns(2)
+        left_at = anyio.current_time()
+    assert anyio.current_time() - left_at < END_WITHIN_S / 2
     assert len(settled) == 1
     with pytest.raises(FlightAbandoned):
         await follower.head()

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backends.chat import Operation, parse_event
@@ -223,37 +223,72 @@ DELTAS = st.none() | st.fixed_dictionaries(
         "x_list": st.lists(TEXT, max_size=2),
     },
 )
-PIECES = st.fixed_dictionaries(
-    {"index": st.integers(0, 1)},
-    optional={
-        "delta": DELTAS,
-        "text": st.none() | TEXT,
-        "logprobs": LOGPROBS | st.just({}),
-        "finish_reason": st.none() | FINISH,
-        "x_note": VALUES,
-    },
+PLAIN_PIECE: Json = {"index": 0, "delta": {"content": "a"}, "logprobs": None, "finish_reason": None}
+PLAIN_FRAME: Json = {
+    "id": "a",
+    "object": "chat.completion.chunk",
+    "created": 1,
+    "model": "m",
+    "system_fingerprint": "f",
+    "service_tier": None,
+    "obfuscation": "x",
+    "usage": None,
+}
+PIECE_EDITS = st.one_of(
+    st.just(("index", 1)),
+    st.tuples(st.just("delta"), DELTAS),
+    st.tuples(st.just("text"), st.none() | TEXT),
+    st.tuples(st.just("logprobs"), LOGPROBS | st.just({})),
+    st.tuples(st.just("finish_reason"), FINISH),
+    st.tuples(st.just("x_note"), VALUES),
+    st.tuples(st.sampled_from(["index", "delta", "logprobs", "finish_reason"]), st.just(...)),
 )
-FRAMES = st.fixed_dictionaries(
-    {},
-    optional={
-        "id": st.sampled_from(["a", "b"]),
-        "object": st.just("chat.completion.chunk"),
-        "created": st.sampled_from([1, 2, 1.5]),
-        "model": st.none() | st.just("m"),
-        "system_fingerprint": st.none() | st.sampled_from(["f", "g"]),
-        "service_tier": st.none() | st.just("default"),
-        "obfuscation": TEXT,
-        "usage": st.none() | USAGE,
-        "choices": st.none() | st.lists(PIECES, max_size=2) | PIECES.map(lambda piece: [piece]),
-        "x_more": VALUES,
-    },
+FRAME_EDITS = st.one_of(
+    st.sampled_from([("id", "b"), ("created", 2), ("created", 1.5), ("model", None), ("system_fingerprint", "g")]),
+    st.sampled_from([("system_fingerprint", None), ("service_tier", "default"), ("object", "other")]),
+    st.tuples(st.just("obfuscation"), TEXT),
+    st.tuples(st.just("usage"), USAGE),
+    st.tuples(st.just("x_more"), VALUES),
+    st.tuples(st.sampled_from(sorted(PLAIN_FRAME)), st.just(...)),
 )
 
 
-@given(st.lists(FRAMES, max_size=8), st.sampled_from(OPERATIONS))
+def edited(plain: Json, edits: list[tuple[str, Any]]) -> Json:
+    """With fields changed, or left out where the edit is `...`."""
+    changed = {**plain, **dict(edits)}
+    return {name: value for name, value in changed.items() if value is not ...}
+
+
+PIECES = st.lists(PIECE_EDITS, max_size=2).map(lambda edits: edited(PLAIN_PIECE, edits))
+FRAMES = st.builds(
+    lambda pieces, edits: edited({**PLAIN_FRAME, "choices": pieces}, edits),
+    st.none() | PIECES.map(lambda piece: [piece]) | PIECES.map(lambda piece: [piece]) | st.lists(PIECES, max_size=2),
+    st.lists(FRAME_EDITS, max_size=1),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(FRAMES, max_size=6), st.sampled_from(OPERATIONS))
 def test_frames_that_only_go_on_are_folded_like_any_other(frames: list[Json], operation: Operation) -> None:
+    check_against_reading_in_full(frames, operation)
+
+
+@pytest.mark.parametrize("before", [..., None])
+@pytest.mark.parametrize("name", PLAIN_FRAME)
+def test_a_field_that_comes_late_in_a_stream_is_not_lost(name: str, before: Any) -> None:
+    late = {**PLAIN_FRAME, "service_tier": "default", "choices": [PLAIN_PIECE]}
+    check_against_reading_in_full([edited(late, [(name, before)]), late, late], "chat")
+
+
+@pytest.mark.parametrize("name", PLAIN_PIECE)
+def test_a_field_of_a_choice_that_comes_late_is_not_lost(name: str) -> None:
+    early, late = ({**PLAIN_FRAME, "choices": [piece]} for piece in (edited(PLAIN_PIECE, [(name, ...)]), PLAIN_PIECE))
+    check_against_reading_in_full([early, late, late], "chat")
+
+
+def check_against_reading_in_full(frames: list[Json], operation: Operation) -> None:
     """A field that nobody knows makes every frame one that is read in full."""
-    marked = [{**frame, "choices": mark(frame.get("choices")), "x_mark": True} for frame in frames]
+    marked = [{**frame, "choices": mark(frame["choices"]), "x_mark": True} for frame in frames]
     folded = decode(fold([encode(frame) for frame in marked], operation))
     folded.pop("x_mark", None)
     for choice in folded["choices"]:
