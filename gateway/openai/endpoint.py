@@ -96,7 +96,7 @@ class InferenceEndpoint:
             async with HangUp(receive, self._background.spawn) as hangup:
                 answer = await self._pipeline.run(context, request)
                 try:
-                    exchange.answered(answer, clock())
+                    exchange.answered(answer)
                     writer.describe(context, answer, debug=headers.get(b"x-forebay-debug") == b"1")
                     if request.stream:
                         await self._stream(writer, hangup, context, request, answer)

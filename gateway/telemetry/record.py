@@ -25,13 +25,11 @@ class Exchange:
     started_at: float
     status: int = 0
     answer: Answer | None = None
-    answered_at: float = 0.0
     error: Exception | None = None
     gone: bool = False
 
-    def answered(self, answer: Answer, at: float) -> None:
+    def answered(self, answer: Answer) -> None:
         self.answer = answer
-        self.answered_at = at
 
     def failed(self, error: Exception, rendered: Rendered) -> None:
         self.error = error

@@ -13,6 +13,7 @@ import pytest
 from backends.backend import Call, Load
 from backends.chat import Event, parse_event
 from backends.scripted import Script
+from gateway.pipeline import MAX_ANSWER_BYTES
 from tests.gateway.wire import metric
 from tests.world import POLICY, events_of, open_world, text_of
 
@@ -226,3 +227,15 @@ async def test_an_image_in_the_body_is_not_taken_for_a_long_prompt() -> None:
         assert answer.status_code == 200
         assert world.large.last is not None
         assert world.large.last.request.has_images
+
+
+async def test_an_engine_that_never_stops_talking_is_cut_off() -> None:
+    megabyte = "x" * 1024 * 1024
+    async with open_world(small=Script(tokens=(megabyte,) * 80)) as world:
+        answer = await world.ask(stream=True)
+
+        assert MAX_ANSWER_BYTES < len(answer.content) < MAX_ANSWER_BYTES + 4 * len(megabyte)
+        assert answer.text.endswith("\n\n")
+        assert "error" in answer.text[-300:]
+        assert "[DONE]" not in answer.text[-300:]
+        assert world.small.in_flight == 0
