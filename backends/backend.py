@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from backends.catalog import Capability
 from backends.chat import ChatRequest, Event
 
 
@@ -35,9 +36,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """How busy a backend is, as far as Forebay knows. None where nothing is known."""
 
     in_flight: int = 0
+    """Calls of this worker, now."""
     queued: int | None = None
+    """Requests of everybody that wait inside the engine."""
+    running: int | None = None
+    """Requests of everybody that the engine works on."""
     kv_cache_ratio: float | None = None
+    """How full the engine's KV cache is, 0 to 1."""
     age_s: float = 0.0
+    """How old what the engine said is; `in_flight` is always of now."""
 
 
 class Backend(Protocol):
@@ -60,7 +67,18 @@ class Backend(Protocol):
     @property
     def load(self) -> Load: ...
 
+    @property
+    def capabilities(self) -> frozenset[Capability] | None:
+        """What the engine says its model can do; None where it does not say."""
+
     def answer(self, call: Call) -> AsyncGenerator[Event, None]: ...
+
+    async def run(self) -> None:
+        """Keep up what is known of the engine (its load, its model) for as long as the backend is in use.
+
+        Its owner runs it in the background and cancels it. A backend that is not run answers all the same; it may
+        learn later of what changed.
+        """
 
     async def check(self, *, within_s: float) -> None:
         """Return when the engine can take requests now; raise a `BackendError` that says why it can not."""

@@ -9,6 +9,8 @@ import msgspec
 from backends.chat import Usage
 
 Capability = Literal["tools", "json_schema", "logprobs", "vision"]
+Task = Literal["chat", "embeddings"]
+"""What a model is for: chat and text completions, or embeddings."""
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,5 +46,6 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None = None
     capabilities: frozenset[Capability] = frozenset()
     owned_by: str = "forebay"
+    task: Task = "chat"
     backends: tuple[str, ...] = ()
     """Names of the backends that serve it: replicas, in the order the policy gives them."""

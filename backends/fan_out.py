@@ -11,6 +11,7 @@ import anyio
 import msgspec
 
 from backends.backend import Backend, Call, Load
+from backends.catalog import Capability
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendProtocolError
 from backends.fold import Unfoldable, unfold
@@ -47,6 +48,10 @@ class FanOut:
     def load(self) -> Load:
         return self._backend.load
 
+    @property
+    def capabilities(self) -> frozenset[Capability] | None:
+        return self._backend.capabilities
+
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
         if self._takes(call.request):
@@ -71,6 +76,9 @@ class FanOut:
                 await asyncio.wait([run])
             if run.done() and not run.cancelled():
                 run.exception()  # seen, so that asyncio does not report it as lost
+
+    async def run(self) -> None:
+        await self._backend.run()
 
     async def check(self, *, within_s: float) -> None:
         await self._backend.check(within_s=within_s)

@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 
 from backends.backend import Call, Load
+from backends.catalog import Capability
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendProtocolError, RequestRejected
 from backends.fold import Unfoldable, fold
@@ -80,6 +81,10 @@ class LlamaCppBackend:
     def load(self) -> Load:
         return self._engine.load
 
+    @property
+    def capabilities(self) -> frozenset[Capability] | None:
+        return self._engine.capabilities
+
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
         request = call.request
@@ -104,6 +109,9 @@ class LlamaCppBackend:
             return fold(frames, call.request.operation)
         except Unfoldable as error:
             raise BackendProtocolError(str(error), backend=self.name, model=call.model) from error
+
+    async def run(self) -> None:
+        await self._engine.run()
 
     async def check(self, *, within_s: float) -> None:
         await self._engine.check(within_s=within_s)

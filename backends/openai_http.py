@@ -17,6 +17,7 @@ import msgspec
 import yarl
 
 from backends.backend import Call, Load
+from backends.catalog import Capability
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
@@ -101,6 +102,10 @@ class OpenAIBackend:
     def load(self) -> Load:
         return Load(in_flight=len(self._exchanges))
 
+    @property
+    def capabilities(self) -> frozenset[Capability] | None:
+        return None
+
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`. A JSON answer to a request for a stream comes as one `whole` event."""
         exchange = _Exchange(self._name, call, self._wall_clock)
@@ -123,6 +128,9 @@ class OpenAIBackend:
         finally:
             self._exchanges.discard(exchange)
             exchange.hang_up()
+
+    async def run(self) -> None:
+        return None
 
     async def check(self, *, within_s: float) -> None:
         """Return when the engine answers at its health address; an engine that has no such address is taken as well."""

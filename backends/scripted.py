@@ -14,6 +14,7 @@ import anyio
 import msgspec
 
 from backends.backend import Call, Load
+from backends.catalog import Capability
 from backends.chat import Event, Usage, parse_event
 from backends.errors import (
     BackendError,
@@ -102,6 +103,10 @@ class ScriptedBackend:
     def load(self) -> Load:
         return Load(in_flight=self.in_flight)
 
+    @property
+    def capabilities(self) -> frozenset[Capability] | None:
+        return None
+
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
         script = self.script(call) if callable(self.script) else self.script
@@ -131,6 +136,9 @@ class ScriptedBackend:
             raise
         finally:
             self.in_flight -= 1
+
+    async def run(self) -> None:
+        return None
 
     async def check(self, *, within_s: float) -> None:
         if self.closed or (not callable(self.script) and self.script.fault == "unreachable"):

@@ -11,29 +11,24 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 import msgspec
-from aiohttp import ClientSession
 from litestar import Litestar
 
 from backends.attempts import Attempts
 from backends.backend import Backend
 from backends.chat import Operation
-from backends.fan_out import FanOut
 from backends.health import Ejections, RetryBudget
-from backends.llamacpp import LlamaCppBackend
-from backends.openai_http import OpenAIBackend, new_session
-from backends.scripted import Script, ScriptedBackend, tokens_of
+from backends.openai_http import new_session
 from backends.slots import ImmediateSlots
-from backends.templates import ChatTemplate, template_fault
+from backends.templates import template_fault
 from backends.tokens import BytesPerToken, count_tokens
 from cache.exact import ExactCache, MemoryExactCache, RedisExactCache
 from cache.inflight import Flights
@@ -42,6 +37,7 @@ from gateway.answer import Head
 from gateway.auth import KeyRing
 from gateway.background import Background
 from gateway.faces import build_app
+from gateway.fleet import Engine, Fleet
 from gateway.health import Health
 from gateway.pipeline import Pipeline
 from gateway.settings import Settings
@@ -51,14 +47,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.record import Record
 from policies.admission import Unlimited
 from policies.ledger import MemoryLedger
-from policies.routing_policy import (
-    BackendSpec,
-    LlamaCppBackendSpec,
-    OpenAIBackendSpec,
-    Policy,
-    PolicyFile,
-    ScriptedBackendSpec,
-)
+from policies.routing_policy import Policy, PolicyFile
 from policies.secrets import RootSecret, root_secret_file
 from policies.shared_state import SharedState
 from policies.store import Store
@@ -68,25 +57,6 @@ from routing.difficulty import HeuristicScorer
 
 REDIS_UP_WITHIN_S = 1.0
 """How long a starting worker waits for a Redis before it serves without."""
-
-
-class EngineNotRunning(Exception):
-    """A policy names a local engine that this process tree did not start."""
-
-
-class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """A local engine as the supervisor started it."""
-
-    url: str
-    weights: str
-    threads: int
-    slots: int
-    context_tokens: int
-
-    def runs(self, spec: LlamaCppBackendSpec) -> bool:
-        """Whether this is the engine that `spec` asks for."""
-        asked = (spec.weights, spec.threads, spec.slots, spec.context_tokens)
-        return asked == (self.weights, self.threads, self.slots, self.context_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +141,16 @@ async def open_gateway(
         for shared in redis.values():
             await shared.available(within_s=REDIS_UP_WITHIN_S)
 
-        build = _Builder(settings, session, backends or {}, clock)
-        watch = _watch_policy(settings, environment, build, record)
+        ejections = Ejections(now=clock)
+        fleet = Fleet(
+            session=session,
+            engines=msgspec.json.decode(settings.engines, type=dict[str, Engine]),
+            given=backends or {},
+            loops=loops,
+            ejections=ejections,
+        )
+        stack.push_async_callback(fleet.aclose)
+        watch = _watch_policy(settings, environment, fleet, _AttemptsBuilder(ejections), record)
         loops.keep(watch.run, "policy watch")
 
         keys = KeyRing(store, root)
@@ -226,15 +204,16 @@ async def open_gateway(
 
 
 def _watch_policy(
-    settings: Settings, environment: Mapping[str, str], build: _Builder, record: Record
+    settings: Settings, environment: Mapping[str, str], fleet: Fleet, build: _AttemptsBuilder, record: Record
 ) -> PolicyWatch[Snapshot]:
     in_force: tuple[str, str] | None = None
 
     def compile_policy(policy: Policy) -> Snapshot:
         nonlocal in_force
         snapshot = compile_snapshot(
-            policy, build_backend=build.backend, build_attempts=build.attempts, scorer=HeuristicScorer()
+            policy, build_backend=fleet.backend, build_attempts=build.attempts, scorer=HeuristicScorer()
         )
+        fleet.keep_only(snapshot.backends.values())
         record.policy_loaded(policy.file.name, policy.version, in_force)
         in_force = (policy.file.name, policy.version)
         return snapshot
@@ -267,33 +246,13 @@ def _exact_cache(redis: Mapping[str, SharedState]) -> ExactCache:
     return MemoryExactCache(now=time.time) if shared is None else RedisExactCache(shared, now=time.time)
 
 
-class _Builder:
-    """Makes backends and attempts of a policy's specs. What a reload did not change is kept, health and all."""
+class _AttemptsBuilder:
+    """Makes `Attempts` of a policy. What outlives a policy (slots taken, retries saved, ejections) is handed on."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        session: ClientSession,
-        given: Mapping[str, Backend],
-        clock: Callable[[], float],
-    ) -> None:
-        self._session = session
-        self._given = given
-        self._engines = msgspec.json.decode(settings.engines, type=dict[str, Engine])
-        self._built: dict[str, tuple[BackendSpec, Backend]] = {}
-        self._ejections = Ejections(now=clock)
+    def __init__(self, ejections: Ejections) -> None:
+        self._ejections = ejections
         self._slots = ImmediateSlots()
         self._budget = RetryBudget(ratio=0.0)
-
-    def backend(self, name: str, spec: BackendSpec) -> Backend:
-        if name in self._given:
-            return self._given[name]
-        built = self._built.get(name)
-        if built is None or built[0] != spec:
-            if built is not None:
-                self._ejections.forget(name)
-            built = self._built[name] = (spec, self._new(name, spec))
-        return built[1]
 
     def attempts(self, file: PolicyFile) -> Attempts:
         self._slots.limits = {name: spec.max_concurrent for name, spec in file.backends.items() if spec.max_concurrent}
@@ -306,51 +265,6 @@ class _Builder:
             jitter=random.random,
         )
 
-    def _new(self, name: str, spec: BackendSpec) -> Backend:
-        if isinstance(spec, ScriptedBackendSpec):
-            return ScriptedBackend(name, _script(spec))
-        if isinstance(spec, OpenAIBackendSpec):
-            backend = OpenAIBackend(
-                name,
-                spec.url,
-                session=self._session,
-                upstream_model=spec.model,
-                api_key=spec.api_key,
-                headers=spec.headers,
-            )
-            return backend if spec.max_n is None else FanOut(backend, spec.max_n)
-        # llama.cpp takes an n up to its slots, but reports the usage of one choice for all of them.
-        # Of a list of prompts it streams `null`s.
-        return FanOut(self._llamacpp(name, spec), 1, one_prompt=True)
-
-    def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
-        url = spec.url or self._engine_url(name, spec)
-        template = None if spec.chat_template is None else ChatTemplate(spec.chat_template, now=_utc_now)
-        return LlamaCppBackend(name, url, session=self._session, chat_template=template, stop=spec.stop)
-
-    def _engine_url(self, name: str, spec: LlamaCppBackendSpec) -> str:
-        engine = self._engines.get(name)
-        if engine is None or not engine.runs(spec):
-            raise EngineNotRunning(
-                f"backend '{name}' needs a local engine with these weights, threads, slots and context_tokens, and"
-                " engines are started with the gateway: restart it"
-            )
-        return engine.url
-
 
 def _fresh_completion_id(operation: Operation) -> str:
     return f"{'chatcmpl' if operation == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _script(spec: ScriptedBackendSpec) -> Script:
-    return Script(
-        tokens=tokens_of(spec.answer),
-        first_token_delay_s=spec.first_token_delay,
-        token_delay_s=spec.token_delay,
-        fault=spec.fault,
-        fault_after_tokens=spec.fault_after_tokens,
-    )

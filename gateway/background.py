@@ -79,14 +79,15 @@ class Background:
         task.add_done_callback(self._spawn_ended)
         return task
 
-    def keep(self, loop: Loop, name: str) -> None:
-        """Run `loop`, such as a poller, until it returns or the group is left.
+    def keep(self, loop: Loop, name: str) -> Callable[[], object]:
+        """Run `loop`, such as a poller, until it returns, the group is left, or what this returns is called.
 
         When it crashes, it is reported and begun again: after 0.1 s, then twice as long each time, at most 5 s.
         """
         task = self._loop.create_task(self._kept(loop, name), name=name)
         self._loops.add(task)
         task.add_done_callback(self._loops.discard)
+        return task.cancel
 
     async def _kept(self, loop: Loop, name: str) -> None:
         delay_s = RESTART_AFTER_S

@@ -20,7 +20,7 @@ import anyio
 import msgspec
 
 from backends.templates import template_fault
-from gateway.app import Engine, load_root_secret, open_store
+from gateway.app import load_root_secret, open_store
 from gateway.child_specs import (
     SocketPathTooLong,
     free_loopback_port,
@@ -29,6 +29,7 @@ from gateway.child_specs import (
     worker_child,
 )
 from gateway.children import ChildEvent, ChildSpec
+from gateway.fleet import Engine, engine_identity
 from gateway.processes import Supervisor, claimed, listen
 from gateway.settings import ENVIRONMENT_PREFIX, Settings
 from gateway.telemetry.metrics import forget_worker
@@ -190,28 +191,24 @@ class _Tree:
     def engines(self) -> list[ChildSpec]:
         specs = []
         for name, backend in self.policy.file.backends.items():
-            if isinstance(backend, LlamaCppBackendSpec) and backend.weights is not None:
+            identity = engine_identity(backend)
+            if identity is not None and isinstance(backend, LlamaCppBackendSpec):
                 port = free_loopback_port()
-                self._engines[name] = Engine(
-                    url=f"http://127.0.0.1:{port}/v1",
-                    weights=backend.weights,
-                    threads=backend.threads,
-                    slots=backend.slots,
-                    context_tokens=backend.context_tokens,
-                )
-                specs.append(
-                    llamacpp_child(
-                        f"engine-{name}",
-                        weights=Path(backend.weights),
-                        port=port,
-                        threads=backend.threads,
-                        slots=backend.slots,
-                        context_tokens=backend.context_tokens,
-                        alias=next((m for m, spec in self.policy.file.models.items() if name in spec.backends), name),
-                        log_path=self._logs / f"engine-{name}.log",
-                    )
-                )
+                self._engines[name] = Engine(url=f"http://127.0.0.1:{port}/v1", runs=identity)
+                specs.append(self._llamacpp(name, backend, port))
         return specs
+
+    def _llamacpp(self, name: str, backend: LlamaCppBackendSpec, port: int) -> ChildSpec:
+        return llamacpp_child(
+            f"engine-{name}",
+            weights=Path(backend.weights or ""),
+            port=port,
+            threads=backend.threads,
+            slots=backend.slots,
+            context_tokens=backend.context_tokens,
+            alias=next((m for m, spec in self.policy.file.models.items() if name in spec.backends), name),
+            log_path=self._logs / f"engine-{name}.log",
+        )
 
     def workers(self, listener: socket.socket) -> list[ChildSpec]:
         settings = self.settings

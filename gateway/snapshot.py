@@ -15,13 +15,16 @@ from cache.key import AnswerScope
 from policies.routing_policy import (
     BackendSpec,
     BackendTimeoutsSpec,
+    EmbedderBackendSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
+    OpenAIBackendSpec,
     Policy,
     PolicyFile,
     ScriptedBackendSpec,
     TimeoutsSpec,
+    TritonBackendSpec,
 )
 from routing.balance import least_loaded
 from routing.difficulty import Scorer
@@ -98,6 +101,7 @@ def _card(name: str, spec: ModelSpec) -> ModelCard:
         context_window_tokens=spec.context_window,
         max_output_tokens=spec.max_output_tokens,
         capabilities=frozenset(spec.capabilities),
+        task=spec.task,
         owned_by=spec.owned_by,
         backends=spec.backends,
     )
@@ -133,11 +137,18 @@ def _scopes(file: PolicyFile) -> dict[str, AnswerScope]:
 
 def _answering(spec: BackendSpec) -> list[object]:
     """The settings of a backend that its answers depend on; keys, clocks and limits are not among them."""
-    if isinstance(spec, LlamaCppBackendSpec):
-        return ["llamacpp", spec.url, spec.weights, spec.context_tokens, spec.chat_template, spec.stop]
-    if isinstance(spec, ScriptedBackendSpec):
-        return ["scripted", spec.answer]
-    return ["openai", spec.url, spec.model]
+    match spec:
+        case LlamaCppBackendSpec():
+            return ["llamacpp", spec.url, spec.weights, spec.context_tokens, spec.chat_template, spec.stop]
+        case TritonBackendSpec():
+            where = [spec.url, spec.repository, spec.model, spec.model_folder]
+            return ["triton", where, spec.chat_template, spec.stop, spec.tool_format, spec.adds_bos]
+        case ScriptedBackendSpec():
+            return ["scripted", spec.answer]
+        case EmbedderBackendSpec():
+            return ["embedder"]
+        case OpenAIBackendSpec():
+            return ["openai", spec.url, spec.model, spec.query]
 
 
 def _digest(settings: object) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -19,8 +20,10 @@ from policies.duration import Duration
 from policies.mistakes import START, Findings, Place, PolicyError
 from policies.money import UsdPer1M
 from policies.references import TemplateFault, check_references
-from policies.routing_policy import LlamaCppBackendSpec, Policy, PolicyFile
+from policies.routing_policy import PATH_FIELDS, Policy, PolicyFile
 from policies.yaml_source import parse_yaml
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_BYTES = 1_048_576
 
@@ -68,7 +71,7 @@ def parse_policy(
         raise PolicyError(findings.mistakes)
     file = _converted(conformed, findings)
     return Policy(
-        file=_with_absolute_weights(file, path.parent),
+        file=_with_absolute_paths(file, path.parent),
         version=_version(file),
         source=str(path),
         warnings=findings.warnings,
@@ -109,11 +112,17 @@ def _plain(value: object) -> object:
     raise NotImplementedError(f"no canonical form for {type(value).__name__}")
 
 
-def _with_absolute_weights(file: PolicyFile, folder: Path) -> PolicyFile:
-    backends = {
-        name: msgspec.structs.replace(backend, weights=str((folder / backend.weights).absolute()))
-        if isinstance(backend, LlamaCppBackendSpec) and backend.weights is not None
-        else backend
-        for name, backend in file.backends.items()
-    }
+def _with_absolute_paths(file: PolicyFile, folder: Path) -> PolicyFile:
+    backends = {name: _absolute(backend, folder) for name, backend in file.backends.items()}
     return msgspec.structs.replace(file, backends=backends)
+
+
+def _absolute(part: T, folder: Path) -> T:
+    """`part` with the paths in it, and in its `tls`, seen from `folder`."""
+    changes: dict[str, object] = {}
+    for name in PATH_FIELDS:
+        if (path := getattr(part, name, None)) is not None:
+            changes[name] = str((folder / path).absolute())
+    if (tls := getattr(part, "tls", None)) is not None:
+        changes["tls"] = _absolute(tls, folder)
+    return msgspec.structs.replace(part, **changes) if changes else part

@@ -12,18 +12,22 @@ import msgspec
 from policies.conform import Conformed
 from policies.mistakes import Findings, Path, suggestion
 from policies.routing_policy import (
+    PATH_FIELDS,
     BackendSpec,
     BackendTimeoutsSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
-    OpenAIBackendSpec,
     RouteSpec,
     ThresholdRouteSpec,
     TimeoutsSpec,
+    TlsSpec,
+    TritonBackendSpec,
 )
 
 T = TypeVar("T")
+
+_FOLDERS = frozenset({"repository", "model_folder"})
 
 
 TemplateFault = Callable[[str], str | None]
@@ -64,32 +68,64 @@ class _Check:
 
     def _backend(self, path: Path, backend: BackendSpec) -> None:
         if isinstance(backend, LlamaCppBackendSpec):
-            if (backend.url is None) == (backend.weights is None):
-                which = "neither" if backend.url is None else "both"
-                remedy = "url for a server that runs, weights for one that Forebay starts"
-                self._mistake(path, f"needs exactly one of 'url' and 'weights', has {which}", remedy, at_key=True)
-            elif backend.weights is not None:
-                self._weights((*path, "weights"), backend.weights)
-            if backend.chat_template is not None and (fault := self._template_fault(backend.chat_template)):
-                self._mistake((*path, "chat_template"), f"not a Jinja template: {fault}")
-        if isinstance(backend, OpenAIBackendSpec | LlamaCppBackendSpec) and backend.url is not None:
-            self._url((*path, "url"), backend.url)
+            self._one_of(path, backend, "url", "weights")
+        if isinstance(backend, TritonBackendSpec):
+            self._triton(path, backend)
+        template = getattr(backend, "chat_template", None)
+        if template is not None and (fault := self._template_fault(template)):
+            self._mistake((*path, "chat_template"), f"not a Jinja template: {fault}")
+        for name in ("url", "metrics_url"):
+            if (url := getattr(backend, name, None)) is not None:
+                self._url((*path, name), url)
+        for name in PATH_FIELDS:
+            if (file := getattr(backend, name, None)) is not None:
+                self._path((*path, name), file)
+        if (tls := getattr(backend, "tls", None)) is not None:
+            self._tls((*path, "tls"), tls)
         if backend.timeouts is not None:
             self._timeouts((*path, "timeouts"), backend.timeouts)
 
+    def _one_of(self, path: Path, backend: BackendSpec, served: str, started: str) -> None:
+        """A backend is either somewhere, or started by us from something."""
+        has = [getattr(backend, name) is not None for name in (served, started)]
+        if sum(has) != 1:
+            which = "both" if any(has) else "neither"
+            remedy = f"{served} for a server that runs, {started} for one that Forebay starts"
+            self._mistake(path, f"needs exactly one of '{served}' and '{started}', has {which}", remedy, at_key=True)
+
+    def _triton(self, path: Path, backend: TritonBackendSpec) -> None:
+        self._one_of(path, backend, "url", "repository")
+        if backend.tls is not None and backend.url is not None and not backend.url.startswith("grpcs://"):
+            self._mistake((*path, "tls"), "the URL is not a grpcs:// one", "write grpcs://, or remove tls")
+        if backend.tool_format not in (None, "none") and backend.chat_template is None and backend.model_folder is None:
+            self._mistake((*path, "tool_format"), "there is no chat template to show the tools to the model with")
+
+    def _tls(self, path: Path, tls: TlsSpec) -> None:
+        for name in PATH_FIELDS:
+            if (file := getattr(tls, name, None)) is not None:
+                self._path((*path, name), file)
+        if (tls.certificate is None) != (tls.key is None):
+            missing = "key" if tls.key is None else "certificate"
+            self._mistake(path, f"has no '{missing}'", "a certificate of ours needs its private key", at_key=True)
+
     def _url(self, path: Path, url: str) -> None:
         if not _names_a_server(url):
-            remedy = "write it like http://127.0.0.1:8000/v1, with a port from 1 to 65535"
+            example = "grpc://127.0.0.1:8001" if url.startswith("grpc") else "http://127.0.0.1:8000/v1"
+            remedy = f"write it like {example}, with a port from 1 to 65535"
             self._mistake(path, f"{self._policy.shown(path, url)} names no server", remedy)
 
-    def _weights(self, path: Path, weights: str) -> None:
+    def _path(self, path: Path, file: str) -> None:
+        wants_folder = path[-1] in _FOLDERS
         try:
-            is_file = (self._folder / weights).is_file()
+            there = self._folder / file
+            is_there = there.is_dir() if wants_folder else there.is_file()
         except OSError:
-            is_file = False
-        if not is_file:
-            remedy = "a path is relative to the policy file; download the model or correct the path"
-            self._mistake(path, f"no such file: {self._policy.shown(path, weights)}", remedy)
+            is_there = False
+        if not is_there:
+            remedy = "a path is relative to the policy file"
+            remedy += "; download the model or correct the path" if path[-1] == "weights" else "; correct it"
+            kind = "folder" if wants_folder else "file"
+            self._mistake(path, f"no such {kind}: {self._policy.shown(path, file)}", remedy)
 
     def _model(self, path: Path, model: ModelSpec) -> None:
         self._known((*path, "backends"), model.backends, self._backends, "backend")

@@ -24,6 +24,9 @@ Name = Annotated[
     ),
 ]
 Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s]+(?!\n)$", description="an http:// or https:// URL")]
+GrpcUrl = Annotated[
+    str, msgspec.Meta(pattern=r"^grpcs?://[^\s/]+/?(?!\n)$", description="a grpc:// or grpcs:// URL of host and port")
+]
 HeaderName = Annotated[
     str, msgspec.Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+(?!\n)$", description="the name of an HTTP header")
 ]
@@ -43,6 +46,19 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pass
 
 
+class TlsSpec(_Spec, frozen=True):
+    """How the engine proves who it is, and how we do. Paths of PEM files, relative to the policy file."""
+
+    ca: str | None = None
+    """The authorities that may have signed the engine's certificate; default: the system's."""
+    certificate: str | None = None
+    """Our own certificate (with the chain behind it), for an engine that asks for one."""
+    key: str | None = None
+    """The private key of `certificate`."""
+    server_name: str | None = None
+    """The name the engine's certificate must be for; default: the host of the URL."""
+
+
 class OpenAIBackendSpec(_Spec, frozen=True, tag_field="kind", tag="openai"):
     """Any engine or hosted API that speaks OpenAI's protocol."""
 
@@ -52,7 +68,16 @@ class OpenAIBackendSpec(_Spec, frozen=True, tag_field="kind", tag="openai"):
     """What the engine calls the model; default: the name it has here."""
     api_key: ApiKey | None = None
     """Sent as a bearer token. Write `${NAME}` and keep the key in the environment."""
+    api_key_header: HeaderName | None = None
+    """Sends the key bare in this header instead, as `api-key` for Azure."""
     headers: dict[HeaderName, HeaderValue] = {}
+    query: dict[str, str] = {}
+    """Added to every URL, as `api-version` for Azure."""
+    tls: TlsSpec | None = None
+    metrics_url: Url | None = None
+    """Prometheus metrics of the engine (vLLM, TGI, SGLang, llama.cpp, trtllm-serve), read for balancing."""
+    max_connections: Count | None = None
+    """Open connections per worker; a call that finds none free waits for one within its connect time."""
     max_concurrent: Count | None = None
     """Calls in flight per worker; more are refused at once (and fall back where the route says so)."""
     max_n: Count | None = None
@@ -81,6 +106,50 @@ class LlamaCppBackendSpec(_Spec, frozen=True, tag_field="kind", tag="llamacpp"):
     """Clocks of this backend's own, in the place of the policy's."""
 
 
+class TritonBackendSpec(_Spec, frozen=True, tag_field="kind", tag="triton"):
+    """A model of a Triton Inference Server: TensorRT-LLM's (ensemble, BLS or llmapi) or one with the same tensors.
+
+    What the model takes is read from its metadata. Chat is rendered and tool calls are read here, since the engine
+    takes and gives plain text.
+    """
+
+    model: str
+    """The model's name in Triton's repository, such as `ensemble` or `tensorrt_llm_bls`."""
+    url: GrpcUrl | None = None
+    """Address of the gRPC endpoint, `grpc://host:8001`, or `grpcs://` for TLS."""
+    repository: str | None = None
+    """Folder of a model repository that Forebay serves itself with a Triton on this machine, relative to the policy
+    file. Exactly one of `url`, `repository`."""
+    model_folder: str | None = None
+    """Folder with the model's `tokenizer_config.json` and `tokenizer.json`, relative to the policy file: where its chat
+    template, stop sequences and token counts come from."""
+    chat_template: str | None = None
+    """A Jinja template in the place of the folder's."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the client's and the model folder's."""
+    tool_format: Literal["hermes", "llama3", "mistral", "none"] | None = None
+    """How the model writes tool calls; default: as its chat template shows."""
+    adds_bos: bool = True
+    """Whether the engine puts the begin-of-text token before a prompt, so that a rendered one goes without."""
+    remote_images: bool = False
+    """Whether image URLs that a client sends may be handed to the engine, which then fetches them from its network."""
+    tls: TlsSpec | None = None
+    metrics_url: Url | None = None
+    """Triton's metrics, `http://host:8002/metrics`, read for balancing."""
+    max_concurrent: Count | None = None
+    timeouts: BackendTimeoutsSpec | None = None
+    """Clocks of this backend's own, in the place of the policy's."""
+
+
+class EmbedderBackendSpec(_Spec, frozen=True, tag_field="kind", tag="embedder"):
+    """Forebay's own embedding model (all-MiniLM-L6-v2, int8, 384 dimensions), in a process on this machine."""
+
+    threads: Count = 1
+    max_concurrent: Count | None = None
+    timeouts: BackendTimeoutsSpec | None = None
+    """Clocks of this backend's own, in the place of the policy's."""
+
+
 class ScriptedBackendSpec(_Spec, frozen=True, tag_field="kind", tag="scripted"):
     """Plays a script instead of a model: for tests, demonstrations and load measurements."""
 
@@ -96,7 +165,10 @@ class ScriptedBackendSpec(_Spec, frozen=True, tag_field="kind", tag="scripted"):
     """Clocks of this backend's own, in the place of the policy's."""
 
 
-BackendSpec = OpenAIBackendSpec | LlamaCppBackendSpec | ScriptedBackendSpec
+PATH_FIELDS = ("weights", "repository", "model_folder", "ca", "certificate", "key")
+"""Fields of a backend, or of its `tls`, that are paths: relative to the policy file as written, absolute as loaded."""
+
+BackendSpec = OpenAIBackendSpec | LlamaCppBackendSpec | TritonBackendSpec | EmbedderBackendSpec | ScriptedBackendSpec
 
 
 class TimeoutsSpec(_Spec, frozen=True):
@@ -140,6 +212,8 @@ class ModelSpec(_Spec, frozen=True):
     max_output_tokens: Count | None = None
     price: PriceSpec = PriceSpec()
     capabilities: tuple[Literal["tools", "json_schema", "logprobs", "vision"], ...] = ()
+    task: Literal["chat", "embeddings"] = "chat"
+    """What it is asked for: chat and text completions, or embeddings."""
     owned_by: str = "forebay"
 
 

@@ -13,7 +13,9 @@ import pytest
 from backends.backend import Call, Load
 from backends.chat import Event, parse_event
 from backends.scripted import Script
+from gateway.fleet import Engine, engine_identity
 from gateway.pipeline import MAX_ANSWER_BYTES
+from policies.routing_policy import LlamaCppBackendSpec
 from tests.gateway.wire import metric
 from tests.world import POLICY, events_of, open_world, text_of
 
@@ -157,8 +159,9 @@ async def test_a_reload_cannot_swap_the_weights_under_an_engine_that_runs(tmp_pa
         "large-1: {kind: scripted}",
         f"large-1: {{kind: scripted}}\n  local: {{kind: llamacpp, weights: {tmp_path}/one.gguf}}",
     ).replace("backends: [large-1]", "backends: [large-1, local]")
-    engine = {"url": "http://127.0.0.1:9/v1", "weights": f"{tmp_path}/one.gguf"}
-    engines = msgspec.json.encode({"local": {**engine, "threads": 1, "slots": 2, "context_tokens": 2048}}).decode()
+    runs = engine_identity(LlamaCppBackendSpec(weights=f"{tmp_path}/one.gguf"))
+    assert runs is not None
+    engines = msgspec.json.encode({"local": Engine(url="http://127.0.0.1:9/v1", runs=runs)}).decode()
     async with open_world(policy=local, settings={"engines": engines}) as world:
         world.policy_path.write_text(local.replace("one.gguf", "other.gguf"))
         reload = await world.gateway.watch.reload()

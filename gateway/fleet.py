@@ -1,0 +1,184 @@
+"""The backends of the policy in force: built from specs, kept over reloads, run, and ended when nobody uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import anyio
+import msgspec
+from aiohttp import ClientSession
+
+from backends.backend import Backend
+from backends.fan_out import FanOut
+from backends.health import Ejections
+from backends.llamacpp import LlamaCppBackend
+from backends.openai_http import OpenAIBackend
+from backends.scripted import Script, ScriptedBackend, tokens_of
+from backends.templates import ChatTemplate
+from gateway.background import Background
+from policies.routing_policy import (
+    BackendSpec,
+    EmbedderBackendSpec,
+    LlamaCppBackendSpec,
+    OpenAIBackendSpec,
+    ScriptedBackendSpec,
+    TritonBackendSpec,
+)
+
+END_WITHIN_S = 2.0
+
+
+class EngineNotRunning(Exception):
+    """A policy names a local engine that this process tree did not start."""
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True):
+    """A local engine as the supervisor started it."""
+
+    url: str
+    runs: str
+    """What it was started from, see `engine_identity`."""
+    metrics_url: str | None = None
+
+
+def engine_identity(spec: BackendSpec) -> str | None:
+    """What the local engine of `spec` must have been started from; None where it needs none of ours."""
+    match spec:
+        case LlamaCppBackendSpec(weights=str(weights)):
+            return _identity("llamacpp", weights, spec.threads, spec.slots, spec.context_tokens)
+        case TritonBackendSpec(repository=str(repository)):
+            return _identity("triton", repository)
+        case EmbedderBackendSpec():
+            return _identity("embedder", spec.threads)
+    return None
+
+
+def _identity(*parts: object) -> str:
+    return msgspec.json.encode(parts).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    spec: BackendSpec
+    backend: Backend
+    end_run: Callable[[], object]
+
+
+class Fleet:
+    """Makes the backends that a policy asks for. What a reload did not change is kept, health and all.
+
+    A backend runs (`Backend.run`) from when it is built. One that a policy no longer has is closed `linger_s` seconds
+    after: requests that began under the policy before may still be on their way to it. `given` (by name) stand in the
+    place of what a spec would build, and stay their giver's to close.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: ClientSession,
+        engines: Mapping[str, Engine],
+        given: Mapping[str, Backend],
+        loops: Background,
+        ejections: Ejections,
+        linger_s: float = 300.0,
+    ) -> None:
+        self._session = session
+        self._engines = engines
+        self._given = given
+        self._loops = loops
+        self._ejections = ejections
+        self._linger_s = linger_s
+        self._members: list[_Member] = []
+        self._leaving: set[Backend] = set()
+
+    def backend(self, name: str, spec: BackendSpec) -> Backend:
+        """The backend of that name. Raises `EngineNotRunning`, or ValueError where it cannot be built."""
+        if name in self._given:
+            return self._given[name]
+        for member in self._members:
+            if member.backend.name == name and member.spec == spec:
+                return member.backend
+        backend = self._new(name, spec)
+        self._members.append(_Member(spec, backend, self._loops.keep(backend.run, f"backend {name}")))
+        return backend
+
+    def keep_only(self, in_force: Collection[Backend]) -> None:
+        """Let go of every backend that is not in force: of a policy that was replaced, or that never took effect."""
+        for member in tuple(self._members):
+            if member.backend not in in_force:
+                self._dismiss(member)
+
+    async def aclose(self) -> None:
+        """Close every backend there is. Calls in flight fail."""
+        with anyio.move_on_after(END_WITHIN_S, shield=True):
+            async with anyio.create_task_group() as group:
+                for backend in (*(member.backend for member in self._members), *self._leaving):
+                    group.start_soon(backend.aclose)
+
+    def _dismiss(self, member: _Member) -> None:
+        self._members.remove(member)
+        member.end_run()
+        self._ejections.forget(member.backend.name)
+        self._leaving.add(member.backend)
+        self._loops.spawn(self._close_later(member.backend))  # type: ignore[unused-awaitable]
+
+    async def _close_later(self, backend: Backend) -> None:
+        await anyio.sleep(self._linger_s)
+        await backend.aclose()
+        self._leaving.discard(backend)
+
+    def _new(self, name: str, spec: BackendSpec) -> Backend:
+        match spec:
+            case ScriptedBackendSpec():
+                return ScriptedBackend(name, _script(spec))
+            case OpenAIBackendSpec():
+                return self._openai(name, spec)
+            case LlamaCppBackendSpec():
+                # llama.cpp takes an n up to its slots, but reports the usage of one choice for all of them.
+                # Of a list of prompts it streams `null`s.
+                return FanOut(self._llamacpp(name, spec), 1, one_prompt=True)
+            case EmbedderBackendSpec():
+                return OpenAIBackend(name, self._engine(name, spec).url, session=self._session)
+            case TritonBackendSpec():
+                raise ValueError(f"backend '{name}': Triton is not there yet")
+
+    def _openai(self, name: str, spec: OpenAIBackendSpec) -> Backend:
+        backend = OpenAIBackend(
+            name,
+            spec.url,
+            session=self._session,
+            upstream_model=spec.model,
+            api_key=spec.api_key,
+            headers=spec.headers,
+        )
+        return backend if spec.max_n is None else FanOut(backend, spec.max_n)
+
+    def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
+        url = spec.url or self._engine(name, spec).url
+        template = None if spec.chat_template is None else ChatTemplate(spec.chat_template, now=_utc_now)
+        return LlamaCppBackend(name, url, session=self._session, chat_template=template, stop=spec.stop)
+
+    def _engine(self, name: str, spec: BackendSpec) -> Engine:
+        engine = self._engines.get(name)
+        if engine is None or engine.runs != engine_identity(spec):
+            raise EngineNotRunning(
+                f"backend '{name}' needs a local engine started from these settings, and engines are started with the"
+                " gateway: restart it"
+            )
+        return engine
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _script(spec: ScriptedBackendSpec) -> Script:
+    return Script(
+        tokens=tokens_of(spec.answer),
+        first_token_delay_s=spec.first_token_delay,
+        token_delay_s=spec.token_delay,
+        fault=spec.fault,
+        fault_after_tokens=spec.fault_after_tokens,
+    )
