@@ -127,7 +127,7 @@ class JsonScanner:
 def read_json(source: Source, to: Callable[[str], None], *, in_string: bool = False) -> Steps[None]:
     """Takes one JSON value and hands it to `to` as it arrives, no escape cut in two.
 
-    Raises Broken where it is none; what fitted, or at the end of the text all there was, has then been handed on.
+    Raises Broken where it is none, or not whole at the end of the text; what fitted has then been handed on.
     """
     scanner = JsonScanner(in_string=in_string)
     while True:
@@ -141,5 +141,4 @@ def read_json(source: Source, to: Callable[[str], None], *, in_string: bool = Fa
         if scanner.done:
             return
         if not (yield from source.more()):
-            to(source.take(len(source.text)))
             raise Broken

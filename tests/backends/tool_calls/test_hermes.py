@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from backends.tool_calls.parser import MAX_HELD_CHARS, CallArguments, CallStart, Text, tool_call_parser
@@ -23,6 +25,7 @@ def test_text_stands_before_between_and_after_calls() -> None:
 def test_white_space_around_calls_is_not_content() -> None:
     written = f"\n\n<tool_call>\n{PARIS}\n</tool_call>\n<tool_call>\n{PARIS}\n</tool_call>\n<|im_end|>"
     assert read("hermes", written) == Answer("", [PARIS_CALL, PARIS_CALL])
+    assert read("hermes", f"\n\n<tool_call>{PARIS}</tool_call>Done.") == Answer("Done.", [PARIS_CALL])
 
 
 def test_white_space_alone_is_content_where_there_is_no_call() -> None:
@@ -79,6 +82,7 @@ def test_a_missing_closing_tag_is_forgiven(end: str) -> None:
         '<tool_call>{"name": "f", "arguments": tru}</tool_call>',
         '<tool_call>{"name": "f" "arguments": {}}</tool_call>',
         '<tool_call>{"arguments": {"a" 1}, "name": "f"}</tool_call>',
+        '<tool_call>{"arguments": {"a": 1,}, "name": "f"}</tool_call>',
         '<tool_call>{"name": "f", "arguments":',
         '<tool_call>{"arguments": {}}</tool_call>',
         "<tool_call>{}</tool_call>",
@@ -99,6 +103,10 @@ def test_a_call_after_one_that_is_none_is_read() -> None:
 def test_json_that_breaks_within_the_arguments_is_handed_on_up_to_the_closing_tag() -> None:
     written = '<tool_call>{"name": "f", "arguments": {"a": oops, "b": 1}}\n</tool_call> Sorry.'
     assert read("hermes", written) == Answer(" Sorry.", [Call("f", '{"a": oops, "b": 1}}\n')])
+    written = '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>", oops</tool_call>'
+    assert read("hermes", written) == Answer("", [Call("f", '{"a": "</tool_call>", oops')])
+    written = r'<tool_call>{"name": "f", "arguments": "{\"a\": \q}"}</tool_call>'
+    assert read("hermes", written) == Answer("", [Call("f", r'{"a": \q}"}')])
 
 
 def test_json_that_breaks_after_the_arguments_leaves_them_whole_and_the_rest_is_text() -> None:
@@ -155,6 +163,12 @@ def test_what_may_be_a_call_is_held_up_to_a_bound() -> None:
     pieces = pieces_of("hermes", [written, '"}, "name": "f"}</tool_call>'])
     assert put_together(pieces) == Answer(written + '"}, "name": "f"}</tool_call>', [])
     assert pieces[0] == Text(written)
+
+
+def test_what_is_a_call_from_its_beginning_is_not_held() -> None:
+    inner = '{"a": "' + "x" * MAX_HELD_CHARS + '"}'
+    written = f'<tool_call>{{"name": "f", "arguments": {json.dumps(inner)}}}</tool_call>'
+    assert put_together(pieces_of("hermes", [written])) == Answer("", [Call("f", inner)])
 
 
 def test_a_forced_call_is_bare_json() -> None:

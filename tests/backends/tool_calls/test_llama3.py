@@ -64,6 +64,7 @@ def test_other_spellings_of_a_call_are_read(written: str) -> None:
         "[f(a=0x10)]",
         "[f(a='\\ud83d')]",
         "[f(*a)]",
+        '[f(a="<|python_tag|>f(b=1)"]',
         "<|python_tag|>",
         "<|python_tag|>print(1)",
         '<|python_tag|>wolfram_alpha.call(query="1+1")',
@@ -106,6 +107,11 @@ def test_code_is_a_call_of_the_code_interpreter_where_it_is_offered() -> None:
     assert [(call.name, call.value) for call in answer.calls] == [("code_interpreter", {"code": code})]
     assert answer.text == ""
     assert read("llama3", written) == Answer(f"<|python_tag|>{code}", [])
+
+
+@pytest.mark.parametrize("written", ["<|python_tag|>", '<|python_tag|>wolfram_alpha.call(query="1+1")'])
+def test_no_code_and_a_built_in_tool_that_is_not_offered_are_text(written: str) -> None:
+    assert read("llama3", written, names=["code_interpreter"]) == Answer(written, [])
 
 
 def test_code_is_told_as_it_comes() -> None:
