@@ -23,7 +23,7 @@ from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendProtocolError, RequestRejected
 from backends.fold import Unfoldable, fold
 from backends.openai_http import OpenAIBackend
-from backends.templates import ChatTemplate, TemplateFailed
+from backends.templates import ChatTemplate, TemplateFailed, template_messages
 
 Json = dict[str, Any]
 
@@ -126,7 +126,7 @@ class LlamaCppBackend:
         if request.has_images:
             raise self._rejected(call, "this model takes text only", "messages")
         try:
-            prompt = template.render(_plain_messages(request))
+            prompt = template.render(template_messages(request))
         except TemplateFailed as error:
             raise self._rejected(call, str(error), "messages") from error
         changes: Json = dict.fromkeys(_CHAT_ONLY)
@@ -223,15 +223,6 @@ def _as_chat_logprobs(logprobs: Json) -> list[Json]:
 
 def _as_chat_logprob(token: str, logprob: float) -> Json:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-
-def _plain_messages(request: ChatRequest) -> list[Json]:
-    """The messages as templates expect them: every field, and the content as one text."""
-    messages: list[Json] = msgspec.json.decode(request.fields["messages"])
-    return [
-        {**fields, "content": message.text} if isinstance(message.content, list) else fields
-        for fields, message in zip(messages, request.messages, strict=True)
-    ]
 
 
 def _field(request: ChatRequest, name: str) -> Any:

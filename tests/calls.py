@@ -29,7 +29,7 @@ def make_request(operation: Operation = "chat", **fields: Any) -> ChatRequest:
         operation=operation,
         model=said["model"],
         fields=msgspec.json.decode(body, type=dict[str, msgspec.Raw]),
-        messages=tuple(msgspec.convert(said.get("messages", ()), list[Message])),
+        messages=msgspec.json.decode(msgspec.json.encode(said.get("messages", ())), type=tuple[Message, ...]),
         prompt=said.get("prompt") if isinstance(said.get("prompt"), str) else None,
         prompts=len(said["prompt"]) if isinstance(said.get("prompt"), list) else 1,
         stream=said.get("stream", False),
