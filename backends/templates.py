@@ -77,6 +77,8 @@ class ChatTemplate:
         self._tool_template = self._template
         if tool_source is not None:
             self._tool_template, takes_tools = _compiled(environment, tool_source)
+        self.source = source if tool_source is None else tool_source
+        """The template's text, with tools where they make another."""
         self._takes_tools = takes_tools
         self._tokens = {**special_tokens, "bos_token": bos_token, "eos_token": eos_token}
         self._reserved = frozenset((*environment.globals, *self._tokens, *_OURS))
