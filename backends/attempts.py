@@ -19,6 +19,7 @@ from backends.catalog import ModelCard
 from backends.chat import ChatRequest, Event
 from backends.errors import BackendError, BackendFailed, BackendProtocolError, BackendUnreachable, RequestRejected
 from backends.health import Ejections, RetryBudget
+from backends.latency import FirstTokenTimes
 from backends.slots import Flow, Slot, Slots
 
 CLOSE_WITHIN_S = 1.0
@@ -90,18 +91,20 @@ class OpenAnswer:
 
 
 class Attempts:
-    """Tries targets until one commits. Holds what outlives a request: ejections, the retry budget, slots."""
+    """Tries targets until one commits. Holds what outlives a request: ejections, first-token times, retries, slots."""
 
     def __init__(
         self,
         *,
         ejections: Ejections,
+        first_tokens: FirstTokenTimes,
         budget: RetryBudget,
         slots: Slots,
         max_attempts: int,
         jitter: Callable[[], float],
     ) -> None:
         self._ejections = ejections
+        self._first_tokens = first_tokens
         self._budget = budget
         self._slots = slots
         self._max_attempts = max_attempts
@@ -187,8 +190,13 @@ class Attempts:
         started_at: float,
     ) -> OpenAnswer:
         name = target.backend.name
-        slot = await self._slots.acquire(name, flow, deadline=call.deadline)
-        self._ejections.began(name)
+        self._ejections.began(name)  # before anybody else can: of all who find a probe due, one makes it
+        try:
+            slot = await self._slots.acquire(name, flow, deadline=call.deadline)
+        except BaseException:
+            self._ejections.abandoned(name)
+            raise
+        asked_at = time.monotonic()
         events = target.backend.answer(call)
         held: list[Event] = []
         try:
@@ -196,14 +204,28 @@ class Attempts:
                 held.append(event)
                 if event.has_content:
                     self._ejections.committed(name)
+                    if not event.whole:
+                        self._first_tokens.committed(name, time.monotonic() - asked_at)
                     return OpenAnswer(target, held, events, slot, failed, started_at, self)
             raise BackendProtocolError("the answer ended before it said anything")
         except BaseException as error:
             slot.release()
+            self._note_slow(call, name, error, time.monotonic() - asked_at)
             if not isinstance(error, BackendError):
                 self._ejections.abandoned(name)
             await _close(events)
             raise
+
+    def _note_slow(self, call: Call, name: str, error: BaseException, elapsed_s: float) -> None:
+        """Hold an attempt without a first token against the speed of its backend, unless the request was at fault.
+
+        How long a whole answer was waited for tells nothing: its first byte comes after its last token.
+        """
+        waited_s = elapsed_s if call.request.stream else 0.0
+        if not isinstance(error, BackendError):
+            self._first_tokens.abandoned(name, waited_s)
+        elif not isinstance(error, RequestRejected):
+            self._first_tokens.failed(name, waited_s)
 
 
 def _other_model(waiting: Iterable[Target], failed: Sequence[FailedAttempt]) -> Target | None:

@@ -45,6 +45,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """How full the engine's KV cache is, 0 to 1."""
     age_s: float = 0.0
     """How old what the engine said is; `in_flight` is always of now."""
+    in_flight_then: int = 0
+    """Calls of this worker when the engine said it: those among its counts that are our own."""
 
 
 class Backend(Protocol):

@@ -22,8 +22,8 @@ class Ejections:
 
     Only faults of the upstream count, never a client's. What counts as well is an answer that breaks off: the row ends
     with an answer that came to its end, not with one that began. An ejection lasts `base_s`, doubled each time
-    up to `cap_s`; when it is over, one request probes the backend while the others still prefer the rest. Since an
-    ejected backend is asked last rather than never, the last one standing is never out of reach.
+    up to `cap_s`; when it is over, one request probes the backend (`probe_due`, `began`) while the others still prefer
+    the rest. Since an ejected backend is asked last rather than never, the last one standing is never out of reach.
     """
 
     now: Callable[[], float]
@@ -41,6 +41,22 @@ class Ejections:
         if record is None or record.ejections == 0:
             return False
         return record.probing or self.now() < record.ejected_until
+
+    def among(self, names: Sequence[str]) -> set[int]:
+        """Indices of the ejected of `names`."""
+        if not self._records:
+            return set()
+        return {index for index, name in enumerate(names) if self.is_ejected(name)}
+
+    def probe_due(self, names: Sequence[str]) -> int | None:
+        """The index of a backend whose ejection is over and that nobody probes yet; None where there is none."""
+        if not self._records:
+            return None
+        for index, name in enumerate(names):
+            record = self._records.get(name)
+            if record is not None and record.ejections and not self.is_ejected(name):
+                return index
+        return None
 
     def began(self, name: str) -> None:
         """An attempt begins; after an ejection it is the probe that decides."""

@@ -46,7 +46,8 @@ class LlamaCppBackend:
 
     Without `chat_template` the engine renders messages itself, by the template in its weights. With one, messages
     become a prompt here, `stop` is added to the client's stop sequences, and what a plain completion cannot do (tools,
-    images) is rejected by name; a `response_format` becomes the engine's own `json_schema`.
+    images) is rejected by name; a `response_format` becomes the engine's own `json_schema`. Its load is read from its
+    own metrics, where it was started with `--metrics`.
 
     For `n` above 1 llama.cpp reports the tokens of one choice only: put a `FanOut` with `max_n=1` in front of it.
     """
@@ -59,6 +60,7 @@ class LlamaCppBackend:
         session: aiohttp.ClientSession | None = None,
         chat_template: ChatTemplate | None = None,
         stop: Sequence[str] = (),
+        metrics_note: Callable[[bool, str], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         root = url.rstrip("/").removesuffix("/v1")
@@ -68,6 +70,8 @@ class LlamaCppBackend:
             session=session,
             headers={"Connection": "close"},
             health_url=f"{root}/health",
+            metrics_url=f"{root}/metrics",
+            metrics_note=metrics_note,
             wall_clock=wall_clock,
         )
         self._template = chat_template

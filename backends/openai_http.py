@@ -20,6 +20,7 @@ from backends.backend import Call, Load
 from backends.catalog import Capability
 from backends.chat import ChatRequest, Event, parse_event
 from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
+from backends.load_signals import LoadSignals, MetricsPage
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
 from backends.sse import Frame, FrameTooLarge, SseParser
 
@@ -58,7 +59,9 @@ class OpenAIBackend:
     Without a `session` it opens its own at the first call and closes it in `aclose`. `upstream_model` is what the
     engine calls the model, where that is not the name it has here. `api_key` is sent as a bearer token, `headers` with
     every request; nothing that a client sent as a header is ever forwarded. `check` asks for `health_url`, by default
-    the engine's list of models. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
+    the engine's list of models. `run` reads the engine's load from its Prometheus metrics at `metrics_url`, and
+    `metrics_note` is told whether that works (see `LoadSignals`); credentials go there only where it is the same host
+    and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class OpenAIBackend:
         api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         health_url: str | None = None,
+        metrics_url: str | None = None,
+        metrics_note: Callable[[bool, str], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         base = base_url.rstrip("/")
@@ -93,6 +98,7 @@ class OpenAIBackend:
         self._wall_clock = wall_clock
         self._exchanges: set[_Exchange] = set()
         self._closed = False
+        self._signals = None if metrics_url is None else self._load_signals(metrics_url, metrics_note)
 
     @property
     def name(self) -> str:
@@ -100,7 +106,7 @@ class OpenAIBackend:
 
     @property
     def load(self) -> Load:
-        return Load(in_flight=len(self._exchanges))
+        return Load(in_flight=len(self._exchanges)) if self._signals is None else self._signals.load()
 
     @property
     def capabilities(self) -> frozenset[Capability] | None:
@@ -130,7 +136,8 @@ class OpenAIBackend:
             exchange.hang_up()
 
     async def run(self) -> None:
-        return None
+        if self._signals is not None:
+            await self._signals.run()
 
     async def check(self, *, within_s: float) -> None:
         """Return when the engine answers at its health address; an engine that has no such address is taken as well."""
@@ -158,6 +165,11 @@ class OpenAIBackend:
             exchange.cut()
         if self._owns_session and self._session is not None:
             await self._session.close()
+
+    def _load_signals(self, url: str, note: Callable[[bool, str], None] | None) -> LoadSignals:
+        is_ours = yarl.URL(url).origin() == self._health_url.origin()
+        page = MetricsPage(url, lambda: self._session_now(""), headers=self._headers if is_ours else None)
+        return LoadSignals(page, model=self._upstream_model, in_flight=lambda: len(self._exchanges), note=note)
 
     def _session_now(self, model: str) -> aiohttp.ClientSession:
         if self._session is None and not self._closed:

@@ -26,6 +26,7 @@ from backends.attempts import Attempts
 from backends.backend import Backend
 from backends.chat import Operation
 from backends.health import Ejections, RetryBudget
+from backends.latency import FirstTokenTimes
 from backends.openai_http import new_session
 from backends.slots import ImmediateSlots
 from backends.templates import template_fault
@@ -52,11 +53,14 @@ from policies.secrets import RootSecret, root_secret_file
 from policies.shared_state import SharedState
 from policies.store import Store
 from policies.watch import PolicyWatch, Reload
+from routing.balance import Balancer
 from routing.cost import FixedOutputLength
 from routing.difficulty import HeuristicScorer
 
 REDIS_UP_WITHIN_S = 1.0
 """How long a starting worker waits for a Redis before it serves without."""
+
+TELL_LOADS_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +146,22 @@ async def open_gateway(
             await shared.available(within_s=REDIS_UP_WITHIN_S)
 
         ejections = Ejections(now=clock)
+        first_tokens = FirstTokenTimes(now=clock)
         fleet = Fleet(
             session=session,
             engines=msgspec.json.decode(settings.engines, type=dict[str, Engine]),
             given=backends or {},
             loops=loops,
             ejections=ejections,
+            first_tokens=first_tokens,
+            metrics_note=record.engine_metrics_changed,
         )
         stack.push_async_callback(fleet.aclose)
-        watch = _watch_policy(settings, environment, fleet, _AttemptsBuilder(ejections), record)
+        balancer = Balancer(ejections=ejections, first_tokens=first_tokens, random=random.random)
+        build = _AttemptsBuilder(ejections, first_tokens)
+        watch = _watch_policy(settings, environment, fleet, build, balancer, record)
         loops.keep(watch.run, "policy watch")
+        loops.keep(lambda: _tell_loads(watch, record), "backend loads")
 
         keys = KeyRing(store, root)
         await keys.poll_once()
@@ -204,14 +214,23 @@ async def open_gateway(
 
 
 def _watch_policy(
-    settings: Settings, environment: Mapping[str, str], fleet: Fleet, build: _AttemptsBuilder, record: Record
+    settings: Settings,
+    environment: Mapping[str, str],
+    fleet: Fleet,
+    build: _AttemptsBuilder,
+    balancer: Balancer,
+    record: Record,
 ) -> PolicyWatch[Snapshot]:
     in_force: tuple[str, str] | None = None
 
     def compile_policy(policy: Policy) -> Snapshot:
         nonlocal in_force
         snapshot = compile_snapshot(
-            policy, build_backend=fleet.backend, build_attempts=build.attempts, scorer=HeuristicScorer()
+            policy,
+            build_backend=fleet.backend,
+            build_attempts=build.attempts,
+            balancer=balancer,
+            scorer=HeuristicScorer(),
         )
         fleet.keep_only(snapshot.backends.values())
         record.policy_loaded(policy.file.name, policy.version, in_force)
@@ -235,6 +254,13 @@ def _watch_policy(
     )
 
 
+async def _tell_loads(watch: PolicyWatch[Snapshot], record: Record) -> None:
+    """Keep the gauges of this worker's backends up, since a scrape may meet any worker."""
+    while True:
+        record.loads_are(watch.current.compiled.loads)
+        await anyio.sleep(TELL_LOADS_EVERY_S)
+
+
 def _last_good_path(settings: Settings) -> Path:
     """One for each policy file, so that no process ever falls back on another file's policy."""
     of = hashlib.blake2b(str(Path(settings.policy).absolute()).encode(), digest_size=4).hexdigest()
@@ -247,10 +273,11 @@ def _exact_cache(redis: Mapping[str, SharedState]) -> ExactCache:
 
 
 class _AttemptsBuilder:
-    """Makes `Attempts` of a policy. What outlives a policy (slots taken, retries saved, ejections) is handed on."""
+    """Makes `Attempts` of a policy. What outlives one (slots taken, retries saved, ejections, speeds) is handed on."""
 
-    def __init__(self, ejections: Ejections) -> None:
+    def __init__(self, ejections: Ejections, first_tokens: FirstTokenTimes) -> None:
         self._ejections = ejections
+        self._first_tokens = first_tokens
         self._slots = ImmediateSlots()
         self._budget = RetryBudget(ratio=0.0)
 
@@ -259,6 +286,7 @@ class _AttemptsBuilder:
         self._budget.ratio = file.retries.budget
         return Attempts(
             ejections=self._ejections,
+            first_tokens=self._first_tokens,
             budget=self._budget,
             slots=self._slots,
             max_attempts=file.retries.max_attempts,

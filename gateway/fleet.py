@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import anyio
 import msgspec
@@ -13,6 +14,7 @@ from aiohttp import ClientSession
 from backends.backend import Backend
 from backends.fan_out import FanOut
 from backends.health import Ejections
+from backends.latency import FirstTokenTimes
 from backends.llamacpp import LlamaCppBackend
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend, tokens_of
@@ -71,7 +73,8 @@ class Fleet:
 
     A backend runs (`Backend.run`) from when it is built. One that a policy no longer has is closed `linger_s` seconds
     after: requests that began under the policy before may still be on their way to it. `given` (by name) stand in the
-    place of what a spec would build, and stay their giver's to close.
+    place of what a spec would build, and stay their giver's to close. `metrics_note` is told by name when an engine's
+    load can no longer be read (and why), and when it can again.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Fleet:
         given: Mapping[str, Backend],
         loops: Background,
         ejections: Ejections,
+        first_tokens: FirstTokenTimes,
+        metrics_note: Callable[[str, bool, str], None],
         linger_s: float = 300.0,
     ) -> None:
         self._session = session
@@ -89,6 +94,8 @@ class Fleet:
         self._given = given
         self._loops = loops
         self._ejections = ejections
+        self._first_tokens = first_tokens
+        self._metrics_note = metrics_note
         self._linger_s = linger_s
         self._members: list[_Member] = []
         self._leaving: set[Backend] = set()
@@ -121,6 +128,7 @@ class Fleet:
         self._members.remove(member)
         member.end_run()
         self._ejections.forget(member.backend.name)
+        self._first_tokens.forget(member.backend.name)
         self._leaving.add(member.backend)
         self._loops.spawn(self._close_later(member.backend))  # type: ignore[unused-awaitable]
 
@@ -152,13 +160,22 @@ class Fleet:
             upstream_model=spec.model,
             api_key=spec.api_key,
             headers=spec.headers,
+            metrics_url=spec.metrics_url,
+            metrics_note=partial(self._metrics_note, name),
         )
         return backend if spec.max_n is None else FanOut(backend, spec.max_n)
 
     def _llamacpp(self, name: str, spec: LlamaCppBackendSpec) -> Backend:
         url = spec.url or self._engine(name, spec).url
         template = None if spec.chat_template is None else ChatTemplate(spec.chat_template, now=_utc_now)
-        return LlamaCppBackend(name, url, session=self._session, chat_template=template, stop=spec.stop)
+        return LlamaCppBackend(
+            name,
+            url,
+            session=self._session,
+            chat_template=template,
+            stop=spec.stop,
+            metrics_note=partial(self._metrics_note, name),
+        )
 
     def _engine(self, name: str, spec: BackendSpec) -> Engine:
         engine = self._engines.get(name)

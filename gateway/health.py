@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from backends.backend import Load
 from backends.errors import (
     BackendError,
     BackendOverloaded,
@@ -47,6 +48,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     degraded: list[Trouble]
     policy: str
     backends: dict[str, str]
+    loads: dict[str, Load]
+    """By backend; `in_flight` is of this worker."""
     redis: dict[str, str]
     children: list[ChildStatus]
 
@@ -117,6 +120,7 @@ class Health:
             degraded=degraded,
             policy=self._watch.current.policy.label,
             backends={name: "ok" if trouble is None else trouble.why for name, trouble in backends.items()},
+            loads=self._watch.current.compiled.loads,
             redis={name: "ok" if shared.state == "closed" else shared.state for name, shared in self._redis.items()},
             children=children,
         )

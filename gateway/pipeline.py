@@ -196,7 +196,7 @@ class Pipeline:
         try:
             answer = await snapshot.attempts.open(
                 request,
-                snapshot.targets(decision.candidates),
+                snapshot.targets(decision.candidates, request, context.tenant.id),
                 request_id=context.request_id,
                 flow=Flow(tenant_id=context.tenant.id, tokens=claim.tokens),
                 deadline=context.deadline,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import msgspec
 
 from backends.attempts import Attempts, Target
-from backends.backend import Backend, Timeouts
+from backends.backend import Backend, Load, Timeouts
 from backends.catalog import ModelCard, Price
+from backends.chat import ChatRequest
 from cache.key import AnswerScope
 from policies.routing_policy import (
     BackendSpec,
@@ -26,7 +27,7 @@ from policies.routing_policy import (
     TimeoutsSpec,
     TritonBackendSpec,
 )
-from routing.balance import least_loaded
+from routing.balance import Balancer, Replicas, affinity_of
 from routing.difficulty import Scorer
 from routing.router import Router
 
@@ -47,20 +48,27 @@ class Snapshot:
     policy: Policy
     models: Mapping[str, ModelCard]
     backends: Mapping[str, Backend]
-    timeouts: Mapping[str, Timeouts]
-    """By backend name."""
+    replicas: Mapping[str, Replicas]
+    """By model name."""
     scopes: Mapping[str, AnswerScope]
     """By model or route name: what an exact answer under that name depends on."""
     router: Router
+    balancer: Balancer
     attempts: Attempts
 
-    def targets(self, candidates: tuple[ModelCard, ...]) -> list[Target]:
-        """Every backend of every candidate, candidates in order, replicas of one model least loaded first."""
-        return [
-            Target(card=card, backend=backend, timeouts=self.timeouts[backend.name])
-            for card in candidates
-            for backend in least_loaded([self.backends[name] for name in card.backends])
-        ]
+    def targets(self, candidates: tuple[ModelCard, ...], request: ChatRequest, tenant_id: str) -> list[Target]:
+        """Every backend of every candidate, candidates in order, replicas of one model as they are balanced now."""
+        return [target for card in candidates for target in self._balanced(card.name, request, tenant_id)]
+
+    @property
+    def loads(self) -> dict[str, Load]:
+        """How busy each backend is, by name."""
+        return {name: backend.load for name, backend in self.backends.items()}
+
+    def _balanced(self, model: str, request: ChatRequest, tenant_id: str) -> list[Target]:
+        replicas = self.replicas[model]
+        affinity = affinity_of(request, tenant_id=tenant_id, model=model) if replicas.affinity else None
+        return self.balancer.order(replicas, affinity)
 
 
 def compile_snapshot(
@@ -68,18 +76,21 @@ def compile_snapshot(
     *,
     build_backend: Callable[[str, BackendSpec], Backend],
     build_attempts: Callable[[PolicyFile], Attempts],
+    balancer: Balancer,
     scorer: Scorer,
 ) -> Snapshot:
     """Compile a checked policy. What `build_backend` raises refuses the policy as a whole."""
     file = policy.file
     models = cards(file)
+    backends = {name: build_backend(name, spec) for name, spec in file.backends.items()}
     return Snapshot(
         policy=policy,
         models=models,
-        backends={name: build_backend(name, spec) for name, spec in file.backends.items()},
-        timeouts={name: _timeouts(file.timeouts, spec.timeouts) for name, spec in file.backends.items()},
+        backends=backends,
+        replicas={name: _replicas(card, file, backends) for name, card in models.items()},
         scopes=_scopes(file),
         router=Router(models, file.routes, scorer),
+        balancer=balancer,
         attempts=build_attempts(file),
     )
 
@@ -105,6 +116,18 @@ def _card(name: str, spec: ModelSpec) -> ModelCard:
         owned_by=spec.owned_by,
         backends=spec.backends,
     )
+
+
+def _replicas(card: ModelCard, file: PolicyFile, backends: Mapping[str, Backend]) -> Replicas:
+    targets = [
+        Target(
+            card=card,
+            backend=backends[name],
+            timeouts=_timeouts(file.timeouts, file.backends[name].timeouts),
+        )
+        for name in card.backends
+    ]
+    return Replicas(targets, affinity=file.models[card.name].balance.affinity)
 
 
 def _timeouts(spec: TimeoutsSpec, own: BackendTimeoutsSpec | None) -> Timeouts:

@@ -204,6 +204,14 @@ class PriceSpec(_Spec, frozen=True):
     cached_input: UsdPer1M | None = None
 
 
+class BalanceSpec(_Spec, frozen=True):
+    """How a model's requests are spread over its backends."""
+
+    affinity: bool = True
+    """Send the turns of a conversation, and requests with the same long system prompt, to the same backend as long as
+    it is not busier than the others: it has read their beginning before."""
+
+
 class ModelSpec(_Spec, frozen=True):
     backends: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     """Replicas that serve this model, by name."""
@@ -215,6 +223,7 @@ class ModelSpec(_Spec, frozen=True):
     task: Literal["chat", "embeddings"] = "chat"
     """What it is asked for: chat and text completions, or embeddings."""
     owned_by: str = "forebay"
+    balance: BalanceSpec = BalanceSpec()
 
 
 class FixedRouteSpec(_Spec, frozen=True, tag_field="strategy", tag="fixed"):

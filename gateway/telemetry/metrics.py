@@ -7,7 +7,7 @@ there, and a scrape of any worker adds all of them up, those of workers that hav
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
@@ -109,6 +109,13 @@ class Metrics:
             )
         )
         self.ejections = Labelled(Counter("forebay_ejections", "Backends ejected.", ["backend"], registry=registry))
+        # Every worker reads the same engines: the newest reading counts. What is known no longer is NaN.
+        self.backend_in_flight = _backend_gauge(
+            registry, "in_flight", "Calls to a backend under way, of all workers.", "livesum"
+        )
+        self.backend_queued = _backend_gauge(registry, "queued", "Requests of everybody that wait inside an engine.")
+        self.backend_running = _backend_gauge(registry, "running", "Requests of everybody that an engine works on.")
+        self.backend_kv_cache_ratio = _backend_gauge(registry, "kv_cache_ratio", "How full an engine's KV cache is.")
         self.stores = Labelled(
             Counter(
                 "forebay_cache_stores", "Answers kept (stored) or not kept, by reason.", ["outcome"], registry=registry
@@ -161,6 +168,15 @@ class Metrics:
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, path=self._shared_dir)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+def _backend_gauge(
+    registry: CollectorRegistry,
+    name: str,
+    meaning: str,
+    mode: Literal["livesum", "livemostrecent"] = "livemostrecent",
+) -> Labelled[Gauge]:
+    return Labelled(Gauge(f"forebay_backend_{name}", meaning, ["backend"], multiprocess_mode=mode, registry=registry))
 
 
 def forget_worker(shared_dir: Path, pid: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt
+from backends.backend import Load
 from backends.chat import Usage
 from gateway.answer import Answer, Head
 from gateway.context import RequestContext
@@ -46,6 +49,7 @@ class Record:
     def __init__(self, metrics: Metrics, log: Log) -> None:
         self._metrics = metrics
         self._log = log
+        self._loads: Mapping[str, Load] = {}
 
     def exchange_ended(self, exchange: Exchange, at: float) -> None:
         """A request is over, one way or another."""
@@ -109,6 +113,27 @@ class Record:
             self._log.info("redis reachable", redis=name)
         else:
             self._log.warning("redis away", redis=name, cause=reason)
+
+    def loads_are(self, loads: Mapping[str, Load]) -> None:
+        """How busy each backend of the policy in force is now, by name."""
+        for name in {**self._loads, **loads}:
+            load, before = loads.get(name, Load()), self._loads.get(name, Load())
+            self._metrics.backend_in_flight.labels(name).set(load.in_flight)
+            for gauge, value, known in (
+                (self._metrics.backend_queued, load.queued, before.queued),
+                (self._metrics.backend_running, load.running, before.running),
+                (self._metrics.backend_kv_cache_ratio, load.kv_cache_ratio, before.kv_cache_ratio),
+            ):
+                if value is not None or known is not None:
+                    gauge.labels(name).set(math.nan if value is None else value)
+        self._loads = dict(loads)
+
+    def engine_metrics_changed(self, backend: str, readable: bool, why: str) -> None:
+        """An engine's load can be read, or can not any more: one line per change."""
+        if readable:
+            self._log.info("engine load readable again", backend=backend)
+        else:
+            self._log.warning("engine load unknown", backend=backend, cause=why)
 
     def policy_loaded(self, name: str, version: str, previous: tuple[str, str] | None) -> None:
         if previous is not None:

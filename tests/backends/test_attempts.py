@@ -17,8 +17,9 @@ from backends.catalog import ModelCard
 from backends.chat import Event
 from backends.errors import BackendFailed, BackendOverloaded, BackendTimeout, RequestRejected
 from backends.health import Ejections, RetryBudget
+from backends.latency import FirstTokenTimes
 from backends.scripted import Fault, Script, ScriptedBackend
-from backends.slots import Flow, ImmediateSlots
+from backends.slots import Flow, ImmediateSlots, Slot
 from tests.backends.stepping import Stepping
 from tests.calls import make_request, texts_of
 
@@ -50,11 +51,13 @@ class Trial:
         self.asked: list[str] = []
         self.jitters: list[float] = []
         self.ejections = Ejections(now=self.clock)
+        self.first_tokens = FirstTokenTimes(now=self.clock)
         self.budget = RetryBudget(ratio=self.retry_ratio)
         self.slots = ImmediateSlots()
         self.slots.limits = self.limits
         self.attempts = Attempts(
             ejections=self.ejections,
+            first_tokens=self.first_tokens,
             budget=self.budget,
             slots=self.slots,
             max_attempts=self.max_attempts,
@@ -340,6 +343,101 @@ async def test_five_failures_eject_and_a_probe_by_one_request_brings_the_backend
     await probe.aclose()
     assert await trial.ask("small@a", "large@b") == (ANSWER, [])
     assert trial.asked[-1] == "small@a"
+
+
+async def test_of_many_requests_that_find_a_probe_due_one_makes_it() -> None:
+    trial = Trial({"a": failing("error")}, max_attempts=1)
+    for _ in range(5):
+        await trial.fail("small@a")
+    trial.scripts = {"a": Script(first_token_delay_s=0.05)}
+    trial.clock.now += 5.0
+    trial.asked.clear()
+
+    async def ask() -> None:
+        await (await trial.open("small@a", "small@b")).aclose()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(ask)
+
+    assert sorted(trial.asked) == ["small@a", *["small@b"] * 19]
+    assert not trial.ejections.is_ejected("a")
+
+
+async def test_a_probe_that_gets_no_place_lets_the_next_one_probe() -> None:
+    trial = Trial({"a": failing("error")}, max_attempts=1, limits={"a": 1})
+    for _ in range(5):
+        await trial.fail("small@a")
+    trial.clock.now += 5.0
+    trial.limits["a"] = 0
+
+    await trial.fail("small@a")
+
+    assert trial.ejections.probe_due(["a"]) == 0
+
+
+async def test_a_probe_whose_client_leaves_while_it_waits_for_a_place_lets_the_next_one_probe() -> None:
+    trial = Trial({"a": failing("error")}, max_attempts=1)
+    for _ in range(5):
+        await trial.fail("small@a")
+    trial.clock.now += 5.0
+    waiting = asyncio.Event()
+
+    class Full(ImmediateSlots):
+        async def acquire(self, backend: str, flow: Flow, *, deadline: float) -> Slot:
+            waiting.set()
+            await anyio.sleep_forever()
+
+    trial.attempts._slots = Full()
+    async with anyio.create_task_group() as group:
+        group.start_soon(trial.open, "small@a")
+        await waiting.wait()
+        assert trial.ejections.probe_due(["a"]) is None
+        group.cancel_scope.cancel()
+
+    assert trial.ejections.probe_due(["a"]) == 0
+
+
+async def test_the_first_word_of_a_stream_tells_how_fast_a_backend_is_and_a_whole_answer_does_not() -> None:
+    trial = Trial({"a": Script(first_token_delay_s=0.03, token_delay_s=0.03), "b": Script(first_token_delay_s=0.03)})
+
+    await trial.ask("small@a")
+    await trial.ask("small@b", stream=False)
+
+    first_token_s, unknown = trial.first_tokens.among(["a", "b"])
+    assert first_token_s is not None
+    assert 0.03 <= first_token_s < 0.06
+    assert unknown is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "slow"), [("error", True), ("overloaded", True), ("unreachable", True), ("reject", False)]
+)
+async def test_an_attempt_that_fails_counts_as_slow_unless_the_request_was_at_fault(fault: Fault, slow: bool) -> None:
+    trial = Trial({"a": failing(fault)}, max_attempts=1)
+
+    await trial.fail("small@a")
+
+    assert trial.first_tokens.of("a") == (1.0 if slow else None)
+
+
+async def test_a_backend_without_a_place_is_not_slow() -> None:
+    trial = Trial(limits={"a": 0})
+
+    await trial.fail("small@a")
+
+    assert trial.first_tokens.of("a") is None
+
+
+async def test_a_client_that_gave_up_waiting_tells_how_long_it_waited() -> None:
+    trial = Trial({"a": Script(first_token_delay_s=60.0)})
+
+    with anyio.move_on_after(0.03):
+        await trial.open("small@a")
+
+    waited_s = trial.first_tokens.of("a")
+    assert waited_s is not None
+    assert 0.02 < waited_s < 1.0
 
 
 async def test_an_answer_read_to_its_end_breaks_the_row_of_failures() -> None:

@@ -121,6 +121,30 @@ def test_a_probe_that_says_nothing_lets_the_next_one_probe() -> None:
         assert not ejections.is_ejected("a")
 
 
+def test_a_probe_is_due_when_an_ejection_is_over_until_somebody_makes_it() -> None:
+    ejections, clock, _ = after_faults(5)
+    assert ejections.probe_due(["b", "a"]) is None
+    assert ejections.among(["b", "a"]) == {1}
+
+    clock.now += 5
+    assert ejections.probe_due(["b", "a"]) == 1
+    assert ejections.among(["b", "a"]) == set()
+
+    ejections.began("a")
+    assert ejections.probe_due(["b", "a"]) is None
+    assert ejections.among(["b", "a"]) == {1}
+
+    ejections.committed("a")
+    assert ejections.probe_due(["b", "a"]) is None
+    assert ejections.among(["b", "a"]) == set()
+
+
+def test_failures_that_did_not_eject_call_for_no_probe() -> None:
+    ejections, _, _ = after_faults(4)
+    assert ejections.probe_due(["a"]) is None
+    assert ejections.among(["a"]) == set()
+
+
 def test_one_outage_that_many_calls_meet_is_one_ejection() -> None:
     ejections, clock, _ = after_faults(5)
     assert not any(ejections.failed("a", FAULT) for _ in range(100))

@@ -40,6 +40,14 @@ def test_a_good_file_loads_as_written(tmp_path: Path) -> None:
     assert policy.file.models["small-1"].price.input == UsdPer1M(37_500_000)
 
 
+def test_a_model_keeps_conversations_together_unless_it_says_otherwise(tmp_path: Path) -> None:
+    text = GOOD.replace("    max_output_tokens: 1024\n", "    balance: {affinity: false}\n")
+    models = load_policy(write(tmp_path, text), ENV).file.models
+
+    assert models["small-1"].balance.affinity
+    assert not models["1e3"].balance.affinity
+
+
 def test_words_that_look_like_something_else_are_what_was_written(tmp_path: Path) -> None:
     policy = load_policy(write(tmp_path, GOOD.replace("answer: no", "answer: 2024-01-01")), ENV)
     played, auto = policy.file.backends["played"], policy.file.routes["auto"]
@@ -202,6 +210,11 @@ def test_a_mistake_is_named_with_its_line_column_and_remedy(tmp_path: Path, mist
 )
 def test_what_is_missing_is_missed_at_the_key_that_lacks_it(tmp_path: Path, old: str, place: Place) -> None:
     assert first_place(refused(tmp_path, GOOD.replace(old, ""))) == place
+
+
+def test_an_unknown_way_of_balancing_is_refused_at_its_place(tmp_path: Path) -> None:
+    text, place = edited("    max_output_tokens: 1024\n", "    balance: {»afinity: false}\n")
+    assert first_place(refused(tmp_path, text)) == place
 
 
 def test_a_mistake_reads_as_one_line_that_an_editor_can_follow(tmp_path: Path) -> None:

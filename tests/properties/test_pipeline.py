@@ -17,6 +17,7 @@ from backends.attempts import AnswerBroke, Attempts, AttemptsFailed, FailedAttem
 from backends.backend import Backend
 from backends.chat import ChatRequest, Event, Usage
 from backends.health import Ejections, RetryBudget
+from backends.latency import FirstTokenTimes
 from backends.scripted import Script
 from backends.slots import ImmediateSlots
 from backends.tokens import BytesPerToken
@@ -35,6 +36,7 @@ from policies.ledger import NOTHING, Amounts, MemoryLedger, QuotaExceeded
 from policies.money import UsdPer1M
 from policies.routing_policy import FixedRouteSpec, ModelSpec, Policy, PolicyFile, PriceSpec, ScriptedBackendSpec
 from policies.tenant import Tenant
+from routing.balance import Balancer
 from routing.cost import FixedOutputLength
 from routing.difficulty import HeuristicScorer
 from tests.backends.stepping import Stepping
@@ -124,16 +126,19 @@ class House:
 
     def _snapshot(self) -> Snapshot:
         engines: dict[str, Backend] = dict(self.engines)
+        first_tokens = FirstTokenTimes(now=asyncio.get_running_loop().time)
         return compile_snapshot(
             Policy(file=FILE, version="v1", source="test"),
             build_backend=lambda name, spec: engines[name],
             build_attempts=lambda file: Attempts(
                 ejections=self.ejections,
+                first_tokens=first_tokens,
                 budget=RetryBudget(ratio=0.2),
                 slots=self.slots,
                 max_attempts=2,
                 jitter=lambda: 0.0,
             ),
+            balancer=Balancer(ejections=self.ejections, first_tokens=first_tokens, random=lambda: 0.0),
             scorer=HeuristicScorer(),
         )
 

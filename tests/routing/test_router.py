@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from backends.catalog import ModelCard
 from backends.chat import ChatRequest, Message
-from backends.scripted import ScriptedBackend
 from policies.routing_policy import FixedRouteSpec, RouteSpec, ThresholdRouteSpec
-from routing.balance import least_loaded
 from routing.decision import Decision, NoEligibleModel, Score
 from routing.difficulty import HeuristicScorer
 from routing.router import Router
@@ -137,16 +135,3 @@ def test_raising_the_threshold_never_sends_more_prompts_to_the_large_model(
 
     assert is_large(min(one, other)) >= is_large(max(one, other))
     assert is_large(0.0)
-
-
-@given(st.lists(st.integers(0, 3), max_size=6))
-def test_replicas_are_asked_by_load_and_equal_ones_in_the_order_of_the_policy(loads: list[int]) -> None:
-    replicas = []
-    for number, load in enumerate(loads):
-        replica = ScriptedBackend(str(number))
-        replica.in_flight = load
-        replicas.append(replica)
-
-    assert [replica.name for replica in least_loaded(replicas)] == [
-        str(number) for _, number in sorted((load, number) for number, load in enumerate(loads))
-    ]
