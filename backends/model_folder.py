@@ -62,7 +62,7 @@ class ModelFolder:
 
 
 def read_model_folder(path: Path, *, now: Callable[[], datetime]) -> ModelFolder:
-    """Read a model's folder. Blocks for the disk and for loading the tokenizer (up to some seconds): call it in a thread.
+    """Read a model's folder. Blocks for the disk and for loading the tokenizer (some seconds): call it in a thread.
 
     `now` is the clock that templates tell dates by. Raises `ModelFolderError`.
     """

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.triton import TritonServer
 
 from backends.backend import Backend, Call, Timeouts
-from backends.chat import Event, Usage
+from backends.chat import Event, Message, Usage
 from backends.errors import (
     BackendError,
     BackendFailed,
@@ -26,6 +27,9 @@ from backends.errors import (
 from backends.fan_out import FanOut
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend
+from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.server import TritonServer as Connection
+from tests import triton_models
 from tests.calls import MODEL, collect, collect_into, make_call, texts_of, whole_of
 from tests.upstream import (
     Act,
@@ -44,6 +48,8 @@ from tests.upstream import (
     usage,
 )
 
+pytestmark = pytest.mark.usefixtures("one_loop")
+
 TOKENS = ("Hel", "lo ", "wörld")
 PROMPT_TOKENS = 7
 
@@ -53,6 +59,11 @@ class Rig(ABC):
 
     backend: Backend
     n = 1
+    carries_unknown_fields = True
+    """Whether a field that nobody knows goes to the engine. Typed tensors leave no room for one: it is refused."""
+    says_retry_after = True
+    cannot_play: frozenset[str] = frozenset()
+    """Faults that the engine's protocol does not have."""
 
     @abstractmethod
     def plays(self, script: Script) -> None:
@@ -103,12 +114,91 @@ class HttpRig(Rig):
         return [received.json for received in self.upstream.requests]
 
 
+class TritonRig(Rig):
+    """A real Triton and its scripted model, which finds its script in the prompt."""
+
+    carries_unknown_fields = False
+    says_retry_after = False
+    # A BLS model gives no finish_reason: the end of its stream is the end. A broken connection has tests of its own.
+    cannot_play = frozenset({"truncate", "reset"})
+
+    def __init__(self, server: TritonServer, *, real_codes: bool) -> None:
+        self.server = server
+        if not real_codes:
+            self.cannot_play |= {"unreachable", "refused", "reject"}
+        connection = Connection(f"grpc://{server.grpc_address}", backend="a", model="bls", real_codes=real_codes)
+        model = TritonModel(name="bls", chat_template="{{ messages[-1].content }}")
+        self.backend = self._prompted = Prompted(TritonBackend("a", connection, model))
+        self._before = len(server.events())
+
+    def plays(self, script: Script) -> None:
+        self._prompted.prompt = str(_as_triton_plays(script))
+
+    async def until_hung_up(self) -> None:
+        async with asyncio.timeout(5):
+            while len(self._events("cancelled")) < len(self._events("received")):
+                await asyncio.sleep(0.002)
+
+    def asked(self) -> list[dict[str, Any]]:
+        return self._events("received")
+
+    def _events(self, kind: str) -> list[dict[str, Any]]:
+        events = self.server.events()[self._before :]
+        return [event for event in events if event["event"] == kind and event["id"] != "warm-up"]
+
+
+class Prompted:
+    """A backend whose every request says `prompt`."""
+
+    def __init__(self, backend: TritonBackend) -> None:
+        self._backend = backend
+        self.prompt = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def answer(self, call: Call) -> Any:
+        chat = call.request.operation == "chat"
+        said: dict[str, Any] = {"messages": [{"role": "user", "content": self.prompt}]} if chat else {}
+        fields = call.request.with_fields(**(said or {"prompt": self.prompt}))
+        messages = tuple(Message(**message) for message in said.get("messages", ()))
+        request = msgspec.structs.replace(call.request, fields=fields, messages=messages, prompt=self.prompt)
+        return self._backend.answer(msgspec.structs.replace(call, request=request))
+
+
+def _as_triton_plays(script: Script) -> triton_models.Script:
+    after = script.fault_after_tokens
+    codes: dict[str, tuple[Any, str]] = {
+        "unreachable": ("UNAVAILABLE", "gone"),
+        "overloaded": ("UNAVAILABLE", "Exceeds maximum queue size"),
+        "error": ("INTERNAL", "broken"),
+        "midstream_error": ("INTERNAL", "boom"),
+        "refused": ("NOT_FOUND", "no such model"),
+        "reject": ("INVALID_ARG", "no"),
+    }
+    code, said = codes.get(script.fault, ("INTERNAL", ""))
+    pieces: list[str | triton_models.Piece] = list(script.tokens)
+    if script.fault == "garbage":
+        pieces[after:] = [triton_models.Piece(garbage="no_text")]
+    return triton_models.Script(
+        pieces=pieces,
+        prompt_tokens=script.prompt_tokens or 0,
+        hang_after=after if script.fault == "hang" else None,
+        error_after=after if script.fault in codes else None,
+        error=said,
+        code=code,
+    )
+
+
 class FanOutRig(Rig):
     n = 3
 
     def __init__(self, inner: Rig) -> None:
         self._inner = inner
         self.backend = FanOut(inner.backend, 1)
+        self.carries_unknown_fields = inner.carries_unknown_fields
+        self.says_retry_after = inner.says_retry_after
+        self.cannot_play = inner.cannot_play
 
     def plays(self, script: Script) -> None:
         self._inner.plays(script)
@@ -173,10 +263,18 @@ def _text_chunk(text: str, finish_reason: str | None = None) -> dict[str, Any]:
     return {**chunk(), "object": "text_completion", "choices": [choice]}
 
 
-@pytest.fixture(params=["scripted", "http", "fan_out over scripted", "fan_out over http"])
+RIGS = ["scripted", "http", "triton", "fan_out over scripted", "fan_out over http", "fan_out over triton"]
+
+
+@pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     async with Upstream() as upstream:
-        inner = HttpRig(upstream) if "http" in request.param else ScriptedRig()
+        inner: Rig
+        if "triton" in request.param:
+            # Several calls at once, of which one fails, meet a flaw of this Triton: see REAL_CODES_SINCE.
+            inner = TritonRig(request.getfixturevalue("triton"), real_codes="fan_out" not in request.param)
+        else:
+            inner = HttpRig(upstream) if "http" in request.param else ScriptedRig()
         yield FanOutRig(inner) if "fan_out" in request.param else inner
         await inner.backend.aclose()
 
@@ -213,6 +311,8 @@ async def test_every_frame_of_an_answer_has_the_same_id(rig: Rig) -> None:
 
 
 async def test_fields_that_nobody_knows_reach_the_engine_untouched(rig: Rig, stream: bool) -> None:
+    if not rig.carries_unknown_fields:
+        pytest.skip("refused by name, see test_triton.py")
     rig.plays(good())
     odd: dict[str, Any] = {"x_unknown": {"deep": [1, None, "ü"]}, "temperature": 0.1, "stream_options": {"x": 1}}
     await collect(rig.backend, make_call(stream=stream, n=rig.n, **odd))
@@ -240,12 +340,14 @@ async def test_fields_that_nobody_knows_reach_the_engine_untouched(rig: Rig, str
 async def test_a_failure_before_the_first_event_is_an_error_by_its_cause(
     rig: Rig, stream: bool, fault: Any, error: type[BackendError]
 ) -> None:
+    if fault in rig.cannot_play:
+        pytest.skip("not to be played")
     rig.plays(good(fault=fault, retry_after_s=2.0))
     with pytest.raises(error) as failure:
         await collect(rig.backend, make_call(stream=stream, n=rig.n))
     assert type(failure.value) is error
     assert (failure.value.backend, failure.value.model) == ("a", MODEL)
-    assert failure.value.retry_after_s == (2.0 if fault == "overloaded" else None)
+    assert failure.value.retry_after_s == (2.0 if fault == "overloaded" and rig.says_retry_after else None)
     assert rig.backend.load.in_flight == 0
 
 
@@ -262,6 +364,8 @@ async def test_a_failure_before_the_first_event_is_an_error_by_its_cause(
 async def test_a_stream_that_fails_later_raises_after_what_came_before(
     rig: Rig, fault: Any, error: type[BackendError], after: int
 ) -> None:
+    if fault in rig.cannot_play:
+        pytest.skip("not to be played")
     rig.plays(good(fault=fault, fault_after_tokens=after))
     seen: list[Event] = []
     with pytest.raises(error):
@@ -271,6 +375,8 @@ async def test_a_stream_that_fails_later_raises_after_what_came_before(
 
 
 async def test_an_answer_that_breaks_off_is_never_whole(rig: Rig) -> None:
+    if "truncate" in rig.cannot_play:
+        pytest.skip("not to be played")
     rig.plays(good(fault="truncate", fault_after_tokens=1))
     with pytest.raises(BackendError):
         await collect(rig.backend, make_call(n=rig.n))
