@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import anyio
 import msgspec
@@ -16,6 +17,7 @@ from backends.fan_out import FanOut
 from backends.health import Ejections
 from backends.latency import FirstTokenTimes
 from backends.llamacpp import LlamaCppBackend
+from backends.load_signals import MetricsPages
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend, tokens_of
 from backends.templates import ChatTemplate
@@ -97,6 +99,7 @@ class Fleet:
         self._first_tokens = first_tokens
         self._metrics_note = metrics_note
         self._linger_s = linger_s
+        self._metrics_pages = MetricsPages(lambda: session)
         self._members: list[_Member] = []
         self._leaving: set[Backend] = set()
 
@@ -150,7 +153,8 @@ class Fleet:
             case EmbedderBackendSpec():
                 return OpenAIBackend(name, self._engine(name, spec).url, session=self._session)
             case TritonBackendSpec():
-                raise ValueError(f"backend '{name}': Triton is not there yet")
+                # One choice of one prompt a call: no tensor says whose a response is, were there several.
+                return FanOut(self._triton(name, spec), 1, one_prompt=True)
 
     def _openai(self, name: str, spec: OpenAIBackendSpec) -> Backend:
         backend = OpenAIBackend(
@@ -174,6 +178,39 @@ class Fleet:
             session=self._session,
             chat_template=template,
             stop=spec.stop,
+            metrics_note=partial(self._metrics_note, name),
+        )
+
+    def _triton(self, name: str, spec: TritonBackendSpec) -> Backend:
+        # gRPC and numpy take 37 MB and a quarter of a second, which nobody pays who has no Triton.
+        from backends.triton.backend import TritonBackend, TritonModel
+        from backends.triton.server import Tls, TritonServer
+
+        url, metrics_url = spec.url, spec.metrics_url
+        if url is None:
+            engine = self._engine(name, spec)
+            url, metrics_url = engine.url, metrics_url or engine.metrics_url
+        tls = None
+        if spec.tls is not None:
+            files = (spec.tls.ca, spec.tls.certificate, spec.tls.key)
+            ca, certificate, key = (None if file is None else Path(file).read_bytes() for file in files)
+            tls = Tls(ca=ca, certificate=certificate, key=key, server_name=spec.tls.server_name)
+        model = TritonModel(
+            name=spec.model,
+            folder=None if spec.model_folder is None else Path(spec.model_folder),
+            chat_template=spec.chat_template,
+            stop=spec.stop,
+            tool_format=None if spec.tool_format == "none" else spec.tool_format,
+            calls_tools=spec.tool_format != "none",
+            adds_bos=spec.adds_bos,
+            remote_images=spec.remote_images,
+            metrics_name=spec.metrics_model,
+        )
+        return TritonBackend(
+            name,
+            TritonServer(url, backend=name, model=spec.model, tls=tls),
+            model,
+            metrics=None if metrics_url is None else self._metrics_pages.page(metrics_url),
             metrics_note=partial(self._metrics_note, name),
         )
 

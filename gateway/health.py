@@ -14,6 +14,7 @@ from backends.backend import Load
 from backends.errors import (
     BackendError,
     BackendOverloaded,
+    BackendProtocolError,
     BackendRefusedCredentials,
     BackendTimeout,
     BackendUnreachable,
@@ -107,6 +108,7 @@ class Health:
                 if child.state not in ("ready", "starting")
             ),
         ]
+        degraded += broken_promises(self._watch.current.compiled)
         if self.draining:
             problems.append(Trouble(what="worker", why="draining"))
         if self._keys.unseen_s > KEYS_STALE_AFTER_S:
@@ -168,11 +170,22 @@ async def check_backends(snapshot: Snapshot, *, within_s: float) -> dict[str, Tr
     return {name: found[name] for name in snapshot.backends}
 
 
+def broken_promises(snapshot: Snapshot) -> list[Trouble]:
+    """Capabilities that a model has by the policy, and that one of its engines says it does not have."""
+    return [
+        Trouble(what=f"model {card.name}", why=f"backend {name} has no {', '.join(sorted(missing))}")
+        for card in snapshot.models.values()
+        for name in card.backends
+        if (known := snapshot.backends[name].capabilities) is not None and (missing := card.capabilities - known)
+    ]
+
+
 def _in_a_word(error: BackendError) -> str:
     words: dict[type[BackendError], str] = {
         BackendUnreachable: "unreachable",
         BackendOverloaded: "overloaded or loading",
         BackendTimeout: "slow",
-        BackendRefusedCredentials: "refuses our credentials",
+        BackendRefusedCredentials: "refuses our credentials, or has no such model",
+        BackendProtocolError: "incompatible",
     }
     return words.get(type(error), "failing")

@@ -136,6 +136,8 @@ class TritonBackendSpec(_Spec, frozen=True, tag_field="kind", tag="triton"):
     tls: TlsSpec | None = None
     metrics_url: Url | None = None
     """Triton's metrics, `http://host:8002/metrics`, read for balancing."""
+    metrics_model: str | None = None
+    """What they call the model, where it is another one behind `model`: `tensorrt_llm` for an ensemble or BLS model."""
     max_concurrent: Count | None = None
     timeouts: BackendTimeoutsSpec | None = None
     """Clocks of this backend's own, in the place of the policy's."""
