@@ -292,6 +292,10 @@ def test_the_price_is_what_an_hour_costs_over_what_it_makes(rendered: Path, name
     output = gpus(name) * cost["usd_per_gpu_hour"] / (cost["output_tokens_per_second"] * 3600) * 1e6
     assert price["output"] == pytest.approx(output, abs=5e-5)
     assert price["input"] == pytest.approx(output * cost["prompt_token_share"], abs=5e-5)
+    # The sum that stands above the price comes to the price.
+    text = (rendered / name / "forebay.yaml").read_text()
+    hour, tokens, shown = map(float, re.findall(r"output ([\d.]+) / ([\d.]+) = ([\d.]+);", text)[0])
+    assert shown == price["output"] == pytest.approx(hour / tokens, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
