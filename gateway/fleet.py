@@ -204,6 +204,7 @@ class Fleet:
             calls_tools=spec.tool_format != "none",
             adds_bos=spec.adds_bos,
             remote_images=spec.remote_images,
+            draft_tokens=spec.draft_tokens,
             metrics_name=spec.metrics_model,
         )
         return TritonBackend(

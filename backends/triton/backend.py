@@ -75,6 +75,8 @@ class TritonModel(msgspec.Struct, frozen=True, kw_only=True):
     adds_bos: bool = True
     """Whether the engine puts the begin-of-text token before a prompt by itself."""
     remote_images: bool = False
+    draft_tokens: int | None = None
+    """What a BLS model is told to have drafted at a time; it answers in one piece then."""
     metrics_name: str | None = None
     """What its metrics call it, where that is the model behind it: `tensorrt_llm` for a BLS model or an ensemble."""
 
@@ -441,10 +443,12 @@ class TritonBackend:
 
     def _tensors(self, dialect: Dialect, prompt: str, asked: Parameters) -> list[Tensor]:
         """Every parameter that the model takes; what it must be told besides is told here."""
+        drafts: Parameters = {} if self._model.draft_tokens is None else {"draft_tokens": self._model.draft_tokens}
         told: dict[Parameter, Value] = {
             "prompt": (prompt,),
             **asked,
-            "stream": dialect.decoupled,
+            **drafts,
+            "stream": self._streams(dialect),
             "exclude_prompt": True,
             "count_prompt": True,
             "count_completion": True,
@@ -456,10 +460,13 @@ class TritonBackend:
             if dialect.takes(parameter) and value != ()
         ]
 
+    def _streams(self, dialect: Dialect) -> bool:
+        return dialect.decoupled and self._model.draft_tokens is None
+
     def _telling(self, loaded: _Loaded, ask: _Ask, call: Call) -> Telling:
         dialect, prompt = loaded.dialect, ask.prompt
-        # A stream never repeats the prompt; an answer in one piece does where it cannot be told not to.
-        repeats = not dialect.decoupled and not dialect.takes("exclude_prompt")
+        # A stream never repeats the prompt; an answer in one piece may, whatever it was told.
+        repeats = not self._streams(dialect)
         bos = loaded.folder.bos_token if loaded.folder is not None else ""
         parser = None
         if prompt.tool_names and loaded.tool_format is not None:

@@ -164,6 +164,18 @@ async def test_the_older_and_the_newer_interface_are_asked_in_their_own_words(
         assert len(seen[tensor]["shape"]) == (2 if isinstance(values[0], list) else 1)
 
 
+async def test_a_model_that_drafts_is_told_how_much_and_answers_in_one_piece(
+    triton: TritonServer, backends: MakeBackend, stream: bool
+) -> None:
+    call = make_call(stream=stream, messages=says(Script(pieces=TOKENS)))
+    backend = backends(triton, "bls", draft_tokens=4)
+    events = await collect(backend, replace(call, request_id=f"draft-{stream}"))
+    assert texts_of(events) == ["".join(TOKENS)]
+    tensors = triton.event("received", request_id=f"draft-{stream}")["tensors"]
+    assert tensors["num_draft_tokens"]["values"] == [4]
+    assert tensors["stream"]["values"] == [False]
+
+
 async def test_tokens_are_the_models_own_count(triton: TritonServer, backends: MakeBackend) -> None:
     script = Script(pieces=[Piece("ab", tokens=3), Piece("c", tokens=1)], prompt_tokens=11)
     events = await collect(backends(triton, "bls"), make_call(stream=True, messages=says(script)))

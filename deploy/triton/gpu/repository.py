@@ -166,7 +166,10 @@ def _parameters_of(name: str, variant: Variant, paths: Paths) -> dict[str, str]:
             draft = {"tensorrt_llm_draft_model_name": "tensorrt_llm_draft"} if variant.draft else {}
             # Every response holds the whole text so far: a character of several tokens is never cut.
             return {"accumulate_tokens": "true", "tensorrt_llm_model_name": "tensorrt_llm"} | draft
-        case "ensemble" | "forebay":
+        case "forebay":
+            # As the BLS model says it: what Forebay reads of it. The model itself always answers so.
+            return {"accumulate_tokens": "true"}
+        case "ensemble":
             return {}
         case _:
             return _engine_parameters(variant, paths, draft=name == "tensorrt_llm_draft")
