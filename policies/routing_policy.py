@@ -132,7 +132,7 @@ class TritonBackendSpec(_Spec, frozen=True, tag_field="kind", tag="triton"):
     adds_bos: bool = True
     """Whether the engine puts the begin-of-text token before a prompt, so that a rendered one goes without."""
     draft_tokens: Count | None = None
-    """For a BLS model with a draft model: how many tokens are proposed at a time. Its answers then come in one piece."""
+    """For a BLS model with a draft model: how many tokens it proposes at a time. Answers then come in one piece."""
     remote_images: bool = False
     """Whether image URLs that a client sends may be handed to the engine, which then fetches them from its network."""
     tls: TlsSpec | None = None

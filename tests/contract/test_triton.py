@@ -168,7 +168,7 @@ async def test_a_model_that_drafts_is_told_how_much_and_answers_in_one_piece(
     triton: TritonServer, backends: MakeBackend, stream: bool
 ) -> None:
     call = make_call(stream=stream, messages=says(Script(pieces=TOKENS)))
-    backend = backends(triton, "bls", draft_tokens=4)
+    backend = backends(triton, "vision", draft_tokens=4)
     events = await collect(backend, replace(call, request_id=f"draft-{stream}"))
     assert texts_of(events) == ["".join(TOKENS)]
     tensors = triton.event("received", request_id=f"draft-{stream}")["tensors"]

@@ -15,6 +15,10 @@ import yaml
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from backends.templates import template_fault
+from policies.load import load_policy
+from policies.routing_policy import TritonBackendSpec
+
 TRITON = Path(__file__).parents[2] / "deploy" / "triton"
 RENDER = TRITON / "gpu" / "render.py"
 VARIANTS = sorted(path.stem for path in (TRITON / "gpu" / "variants").glob("*.yaml"))
@@ -274,16 +278,26 @@ def test_the_policy_part_names_the_model_that_clients_call(rendered: Path, name:
     part = policy_part(rendered, name)
     assert set(part) == {"backends", "models"}
     backend, model = part["backends"][name], part["models"][name]
-    optional = {"chat_template", "stop"}
-    assert set(backend) - optional == {
-        "kind", "url", "model", "model_folder", "tool_format", "adds_bos", "metrics_url", "max_concurrent", "timeouts",
-    }  # fmt: skip
     assert backend["kind"] == "triton"
     assert backend["model"] in repository(rendered / name)
     assert model["backends"] == [name]
     assert model["capabilities"] == variant(name)["capabilities"]
     assert ("tools" in model["capabilities"]) == (backend["tool_format"] != "none")
     assert model["context_window"] > model["max_output_tokens"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_policy_part_makes_a_policy(rendered: Path, name: str, tmp_path: Path):
+    part = policy_part(rendered, name)
+    (tmp_path / "folder").mkdir()
+    part["backends"][name]["model_folder"] = "folder"
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(yaml.safe_dump({"name": "gpu", **part}))
+    loaded = load_policy(policy, {}, template_fault)
+    assert loaded.warnings == ()
+    backend = loaded.file.backends[name]
+    assert isinstance(backend, TritonBackendSpec)
+    assert (backend.draft_tokens is not None) == (variant(name).get("draft") is not None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -182,8 +182,8 @@ def forebay_yaml(variant: Variant, model_folder: str, host: str) -> str:
     chat = variant.chat
     input_price, output_price = variant.cost.usd_per_1m(variant.hardware.gpus)
     stop = f"\n    stop: {json.dumps(list(chat.stop))}" if chat.stop else ""
-    draft = f"\n    # Proposed by the draft model at a time; answers then come in one piece.\n    draft_tokens: {DRAFT_TOKENS}"
-    draft = draft if variant.draft else ""
+    drafts = "# Proposed by the draft model at a time; answers then come in one piece."
+    draft = f"\n    {drafts}\n    draft_tokens: {DRAFT_TOKENS}" if variant.draft else ""
     template = "\n    chat_template: |-\n" + textwrap.indent(chat.template, " " * 6) if chat.template else ""
     return f"""\
 # For a policy of Forebay: {variant.card.summary}
