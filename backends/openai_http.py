@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import TypeVar
 
 import aiohttp
@@ -18,9 +18,10 @@ import yarl
 
 from backends.backend import Call, Load
 from backends.catalog import Capability
-from backends.chat import ChatRequest, Event, parse_event
+from backends.chat import ChatRequest, Event
 from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
+from backends.openai_quirks import AnswerReader
 from backends.sse import Frame, FrameTooLarge, SseParser
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
@@ -125,6 +126,8 @@ class OpenAIBackend:
                     if (event := exchange.read_event(frame)) is not None:
                         yield event
             exchange.check_complete()
+            if (event := exchange.closing_event()) is not None:
+                yield event
         finally:
             self._exchanges.discard(exchange)
             exchange.hang_up()
@@ -176,6 +179,17 @@ def _body(request: ChatRequest, model: str) -> bytes:
     return msgspec.json.encode(request.with_fields(model=model, stream_options=options))
 
 
+def _apart(frame: Frame) -> Sequence[Frame]:
+    """A frame of several lines as one for each, where every line is whole and together they are nothing.
+
+    SGLang has been seen to send an error and `[DONE]` without the blank line in between.
+    """
+    if b"\n" not in frame.data or _is_json(frame.data):
+        return (frame,)
+    lines = frame.data.split(b"\n")
+    return [frame._replace(data=line) for line in lines] if all(map(_is_json, lines)) else (frame,)
+
+
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=msgspec.Raw)
@@ -184,12 +198,19 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
+def _fault_of_a_whole(body: bytes) -> str | None:
+    """Why a body can not be an answer in one piece; None where it may be one."""
+    if body.startswith(b"<"):
+        return "the engine answered with a page for people: is a proxy in front of it, or the URL not its API's?"
+    if body.startswith((b"data:", b"event:", b":")):
+        return "the engine answered with a stream, though none was asked for"
+    if b"}\n{" in body.replace(b"\r", b""):
+        return "the engine sends JSON line by line, as Ollama's own API does: the URL must be of the one under /v1"
+    return None
+
+
 def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
-
-
-class _ErrorFrame(msgspec.Struct, frozen=True):
-    error: object = None
 
 
 class _Exchange:
@@ -207,8 +228,8 @@ class _Exchange:
         self._scope: asyncio.Timeout | None = None
         self._cut = False
         self._parser = SseParser()
-        self._begun: set[int] = set()
-        self._finished: set[int] = set()
+        self._reader = AnswerReader(backend, call, now=wall_clock)
+        self._begins_with = b""
         self._has_content = False
         self._said_done = False
         self._at_end = False
@@ -230,15 +251,16 @@ class _Exchange:
         self._response = response = await self._wait(pending, phase, until)
         if response.status != 200:
             raise await self._refusal(response)
-        self.is_stream = self._call.request.stream and "json" not in response.headers.get("Content-Type", "")
+        self._reader.retry_after_s = read_retry_after_s(response.headers, self._wall_clock())
+        if self._call.request.stream:
+            self.is_stream = await self._begins_as_a_stream()
 
     async def read_whole(self) -> Event:
         """The answer that comes in one piece."""
-        body = await self._read_body(MAX_ANSWER_BYTES, self._end)
-        event = self._parse(body, whole=True)
-        if not event.choices:
-            raise self._protocol_error("the engine answered without a choice")
-        return event
+        body = (self._begins_with + await self._read_body(MAX_ANSWER_BYTES, self._end)).strip()
+        if (fault := _fault_of_a_whole(body)) is not None:
+            raise self._protocol_error(fault)
+        return self._reader.read_whole(body)
 
     async def next_frames(self) -> list[Frame] | None:
         """The frames that came next; None when the answer is over, by its own word or by the connection's end."""
@@ -247,9 +269,10 @@ class _Exchange:
         if self._said_done or self._at_end:
             return None
         try:
-            piece = await self._wait(self._content.readany(), *self._clock())
+            piece = self._begins_with or await self._wait(self._content.readany(), *self._clock())
+            self._begins_with = b""
             if piece:
-                return self._parser.feed(piece)
+                return [part for frame in self._parser.feed(piece) for part in _apart(frame)]
         except FrameTooLarge as error:
             raise self._protocol_error(f"the engine sent {error}") from error
         except BackendError:
@@ -258,27 +281,32 @@ class _Exchange:
                 return None
             raise
         self._at_end = True
-        return [frame for frame in self._parser.close() if _is_json(frame.data)]
+        return [part for frame in self._parser.close() for part in _apart(frame) if _is_json(part.data)]
 
     def read_event(self, frame: Frame) -> Event | None:
         """The event in a frame, None for one that carries none (`[DONE]`, an empty keep-alive)."""
-        if frame.data == b"[DONE]":
-            self._said_done = True
-        if self._said_done or not frame.data:
+        data = frame.data
+        if not data.startswith(b"{"):
+            data = data.strip()
+            if data == b"[DONE]":
+                self._said_done = True
+        if self._said_done or not data:
             return None
-        event = self._parse(frame.data, is_error=frame.event == b"error")
-        for choice in event.choices:
-            self._begun.add(choice.index)
-            if choice.finish_reason is not None:
-                self._finished.add(choice.index)
-        if not self._has_content:
+        if frame.event == b"error":
+            raise self._reader.error(data)
+        event = self._reader.read_frame(data)
+        if event is not None and not self._has_content:
             self._has_content = event.has_content
         return event
 
     def check_complete(self) -> None:
         """Raise unless every choice that began has finished, and one did."""
-        if not self._begun or self._begun - self._finished:
+        if not self._reader.begun or self._reader.begun - self._reader.finished:
             raise self._protocol_error("the answer broke off before its finish_reason")
+
+    def closing_event(self) -> Event | None:
+        """What is left to tell when all frames are read."""
+        return self._reader.closing()
 
     def hang_up(self) -> None:
         """Close the connection at once, unless the answer was read to its end and the pool has it back."""
@@ -300,7 +328,7 @@ class _Exchange:
     @property
     def _is_complete(self) -> bool:
         """Whether every choice that was asked for has finished."""
-        return len(self._finished) >= max(self._call.request.n, len(self._begun))
+        return len(self._reader.finished) >= max(self._call.request.n, len(self._reader.begun))
 
     def _clock(self) -> tuple[str, float]:
         """The phase that the next wait belongs to, and when it ends."""
@@ -331,12 +359,21 @@ class _Exchange:
             raise self._protocol_error(f"the engine does not speak HTTP: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             # aiohttp reports a session that was closed under a call as a bare RuntimeError.
-            if self._begun:
+            if self._reader.begun:
                 raise self._protocol_error(f"the answer broke off: {_reason(error)}") from error
             raise self._unreachable(_reason(error)) from error
         finally:
             self._scope = None
             pending.close()
+
+    async def _begins_as_a_stream(self) -> bool:
+        """Whether events follow, by the first bytes: what an engine or a proxy says of its content type is no proof."""
+        while not self._begins_with.lstrip():
+            piece = await self._wait(self._content.readany(), *self._clock())
+            self._begins_with += piece
+            if not piece:
+                return True
+        return self._begins_with.lstrip()[:1] not in (b"{", b"[", b"<")
 
     async def _read_body(self, max_bytes: int, until: float) -> bytes:
         pieces = []
@@ -370,16 +407,6 @@ class _Exchange:
             model=self._call.model,
             retry_after_s=read_retry_after_s(response.headers, self._wall_clock()),
         )
-
-    def _parse(self, raw: bytes, *, whole: bool = False, is_error: bool = False) -> Event:
-        try:
-            if is_error or (b'"error"' in raw and msgspec.json.decode(raw, type=_ErrorFrame).error is not None):
-                raise error_by_cause(read_error(raw), None, backend=self._backend, model=self._call.model)
-            if not raw.isascii():
-                raw.decode()  # msgspec does not look into the strings that it skips
-            return parse_event(raw, whole=whole)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._protocol_error(f"the engine sent what is not OpenAI's JSON: {error}") from error
 
     def _protocol_error(self, message: str) -> BackendProtocolError:
         return BackendProtocolError(message, backend=self._backend, model=self._call.model)

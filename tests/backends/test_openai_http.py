@@ -58,10 +58,13 @@ async def backend(upstream: Upstream) -> AsyncIterator[OpenAIBackend]:
 
 
 async def test_a_frame_is_relayed_as_the_bytes_it_came_in(backend: OpenAIBackend, upstream: Upstream) -> None:
-    odd = b'{ "x":1,"choices" :[{"index":0,"delta":{"content":"\\u00fc"},"finish_reason":"stop"}]}'
-    upstream.plays(*sse(b"data: " + odd + b"\r\n\r\n"))
-    [only] = await collect(backend, make_call(stream=True))
-    assert only.raw == odd
+    head = b'{ "id":"chatcmpl-1","x":[1.50, 12345678901234567890], "object" : "chat.completion.chunk","created":1,'
+    head += b'"model":"upstream-model", "choices" :[{"index":0,"delta":'
+    first = head + b'{"role":"assistant","content":"\\u00fc"},"finish_reason":null}]}'
+    middle = head + b'{"content":"\\u00fc", "y": 1e2}}]}'
+    last = head + b'{},"finish_reason":"stop"}]}'
+    upstream.plays(*sse(*(b"data: " + frame + b"\r\n\r\n" for frame in (first, middle, last))))
+    assert [event.raw for event in await collect(backend, make_call(stream=True))] == [first, middle, last]
 
 
 async def test_only_the_model_and_include_usage_are_rewritten(upstream: Upstream) -> None:
