@@ -244,7 +244,8 @@ class AnswerReader:
         usage = _usage(frame, choices)
         if not choices and usage is None:
             # Azure begins with what it found in the prompt: that is told on the frame that opens the first choice.
-            self._aside |= {name: value for name, value in frame.items() if name not in _HEAD}
+            if "choices" in frame and not self.begun:
+                self._aside |= {name: value for name, value in frame.items() if name not in _HEAD}
             return None
         told = {
             **frame,
@@ -458,9 +459,7 @@ class _ToolCalls:
             del told["id"]
         if isinstance(function, dict):
             told["function"] = function = _with_text_arguments(function)
-            if function.get("name") and function["name"] != self._names[number]:
-                self._names[number] = None  # a name that comes in pieces is left to the client to put together
-            else:
+            if not function.get("name") or function["name"] == self._names[number]:
                 function.pop("name", None)
         return told
 
@@ -483,13 +482,15 @@ class _ToolCalls:
         """The call that a piece goes on with; None for one that opens a call."""
         index, said = piece.get("index"), piece.get("id")
         function = piece.get("function")
-        opens = isinstance(function, dict) and bool(function.get("name"))
+        name = function.get("name") if isinstance(function, dict) else None
         if said in self._ids:
             return self._ids.index(said)
         if isinstance(index, int):
             number = self._by_index.get(index)
-            return None if number is None or (said and opens) else number
-        return None if said or opens or not self._ids else len(self._ids) - 1
+            if number is None or (name and (said or name != self._names[number] or _is_whole(function))):
+                return None
+            return number
+        return None if said or name or not self._ids else len(self._ids) - 1
 
 
 def _said(message: Json) -> Json:
@@ -519,6 +520,15 @@ def _with_text_arguments(function: Json) -> Json:
     if arguments is None or isinstance(arguments, str):
         return {**function}
     return {**function, "arguments": msgspec.json.encode(arguments).decode()}
+
+
+def _is_whole(function: Any) -> bool:
+    """Whether a piece has all of a call's arguments, so that it goes on with no other."""
+    arguments = function.get("arguments")
+    try:
+        return isinstance(arguments if isinstance(arguments, dict) else msgspec.json.decode(arguments or b""), dict)
+    except msgspec.DecodeError:
+        return False
 
 
 def _whole_tool_call(prefix: str, number: int, call: Json) -> Json:
