@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import aiohttp
 import msgspec
@@ -19,10 +20,17 @@ import yarl
 from backends.backend import Call, Load
 from backends.catalog import Capability
 from backends.chat import ChatRequest, Event
-from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
+from backends.errors import (
+    BackendError,
+    BackendOverloaded,
+    BackendProtocolError,
+    BackendTimeout,
+    BackendUnreachable,
+)
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
 from backends.openai_quirks import AnswerReader
 from backends.sse import Frame, FrameTooLarge, SseParser
+from backends.tls import ClientTls
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """The largest answer that is not streamed: 100k tokens with 20 log probabilities each stay below it."""
@@ -36,6 +44,9 @@ _TRAILER_S = 1.0
 _LINGER_S = 0.05
 """How long the end of the HTTP body is waited on after `[DONE]`, to give the connection back instead of closing it."""
 _LARGE_BODY_BYTES = 512 * 1024
+_LEAST_CONNECT_S = 0.001
+"""aiohttp takes 0 for no limit."""
+_BUSY_RETRY_AFTER_S = 1.0
 
 _T = TypeVar("_T")
 
@@ -57,9 +68,11 @@ class OpenAIBackend:
     """A `Backend` at `base_url` (up to and including `/v1`), on aiohttp.
 
     Without a `session` it opens its own at the first call and closes it in `aclose`. `upstream_model` is what the
-    engine calls the model, where that is not the name it has here. `api_key` is sent as a bearer token, `headers` with
-    every request; nothing that a client sent as a header is ever forwarded. `check` asks for `health_url`, by default
-    the engine's list of models. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
+    engine calls the model, where that is not the name it has here. `api_key` is sent as a bearer token, or bare in the
+    header `api_key_header`; `headers` go with every request and `query` with every URL; nothing that a client sent as a
+    header is ever forwarded. With `max_connections` a call that finds so many in use waits for one within its connect
+    time, and is then `BackendOverloaded`; health checks come on top. `check` asks for `health_url`, by default the
+    engine's list of models. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
     """
 
     def __init__(
@@ -70,25 +83,33 @@ class OpenAIBackend:
         session: aiohttp.ClientSession | None = None,
         upstream_model: str | None = None,
         api_key: str | None = None,
+        api_key_header: str | None = None,
         headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+        tls: ClientTls | None = None,
+        max_connections: int | None = None,
         health_url: str | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         base = base_url.rstrip("/")
         self._name = name
         self._urls = {
-            "chat": yarl.URL(f"{base}/chat/completions"),
-            "text_completion": yarl.URL(f"{base}/completions"),
+            "chat": yarl.URL(f"{base}/chat/completions").extend_query(query or {}),
+            "text_completion": yarl.URL(f"{base}/completions").extend_query(query or {}),
         }
-        self._health_url = yarl.URL(health_url or f"{base}/models")
+        self._health_url = yarl.URL(health_url or f"{base}/models").extend_query(query or {})
         if not self._health_url.is_absolute() or self._health_url.scheme not in ("http", "https"):
             raise ValueError(f"backend {name}: {base_url!r} is no http(s) URL")
         self._upstream_model = upstream_model
         # Decoding a compressed stream holds frames back until the compressor's block is full.
         self._headers = {"User-Agent": "forebay", "Accept-Encoding": "identity"}
-        if api_key is not None:
+        if api_key is not None and api_key_header is not None:
+            self._headers[api_key_header] = api_key
+        elif api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._headers |= headers or {}
+        self._tls = tls
+        self._connections = None if max_connections is None else asyncio.Semaphore(max_connections)
         self._session = session
         self._owns_session = session is None
         self._wall_clock = wall_clock
@@ -112,11 +133,14 @@ class OpenAIBackend:
         exchange = _Exchange(self._name, call, self._wall_clock)
         self._exchanges.add(exchange)
         try:
+            if self._connections is not None:
+                await exchange.take_connection(self._connections)
             await exchange.send(
                 self._session_now(call.model),
                 self._urls[call.request.operation],
                 _body(call.request, self._upstream_model or call.model),
                 {**self._headers, "Content-Type": "application/json", "X-Request-Id": call.request_id},
+                await self._tls_settings(),
             )
             if not exchange.is_stream:
                 yield await exchange.read_whole()
@@ -141,7 +165,9 @@ class OpenAIBackend:
         try:
             async with (
                 asyncio.timeout(within_s),
-                session.get(self._health_url, headers=self._headers, allow_redirects=False) as response,
+                session.get(
+                    self._health_url, headers=self._headers, allow_redirects=False, **await self._tls_settings()
+                ) as response,
             ):
                 body = await response.content.read(_MAX_ERROR_BYTES)
         except TimeoutError as error:
@@ -162,12 +188,24 @@ class OpenAIBackend:
         if self._owns_session and self._session is not None:
             await self._session.close()
 
+    async def _tls_settings(self) -> _TlsSettings:
+        if self._tls is None:
+            return {}
+        return {"ssl": await self._tls.context(), "server_hostname": self._tls.server_name}
+
     def _session_now(self, model: str) -> aiohttp.ClientSession:
         if self._session is None and not self._closed:
             self._session = new_session()
         if self._closed or self._session is None or self._session.closed:
             raise BackendUnreachable("the backend is closed", backend=self._name, model=model)
         return self._session
+
+
+class _TlsSettings(TypedDict, total=False):
+    """aiohttp's words for how a connection is made."""
+
+    ssl: ssl.SSLContext
+    server_hostname: str | None
 
 
 def _body(request: ChatRequest, model: str) -> bytes:
@@ -210,6 +248,11 @@ def _fault_of_a_whole(body: bytes) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
+    """What went wrong in words, without what aiohttp says of itself around it."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
     return str(error) or type(error).__name__
 
 
@@ -223,7 +266,9 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
         self._end = min(call.deadline, now + call.timeouts.total_s)
+        self._connect_by = now + call.timeouts.connect_s
         self._first_token_by = now + call.timeouts.first_token_s
+        self._connection: asyncio.Semaphore | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._scope: asyncio.Timeout | None = None
         self._cut = False
@@ -235,8 +280,26 @@ class _Exchange:
         self._at_end = False
         self.is_stream = False
 
+    async def take_connection(self, free: asyncio.Semaphore) -> None:
+        """Wait for a connection to be free, to be given back by `hang_up`."""
+        try:
+            await self._wait(free.acquire(), "connect", self._connect_by)
+        except BackendTimeout as error:
+            if error.phase != "connect":
+                raise
+            message = "all connections to the engine are in use"
+            raise BackendOverloaded(
+                message, backend=self._backend, model=self._call.model, retry_after_s=_BUSY_RETRY_AFTER_S
+            ) from error
+        self._connection = free
+
     async def send(
-        self, session: aiohttp.ClientSession, url: yarl.URL, body: bytes, headers: Mapping[str, str]
+        self,
+        session: aiohttp.ClientSession,
+        url: yarl.URL,
+        body: bytes,
+        headers: Mapping[str, str],
+        tls: _TlsSettings,
     ) -> None:
         """Send the request and read the head of the answer. Raises the cause of one that is not 200."""
         phase, until = ("first_token", self._first_token_by) if self._call.request.stream else ("total", self._end)
@@ -246,7 +309,8 @@ class _Exchange:
             data=body if len(body) < _LARGE_BODY_BYTES else io.BytesIO(body),
             headers=headers,
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._call.timeouts.connect_s),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
+            **tls,
         )
         self._response = response = await self._wait(pending, phase, until)
         if response.status != 200:
@@ -312,12 +376,21 @@ class _Exchange:
         """Close the connection at once, unless the answer was read to its end and the pool has it back."""
         if self._response is not None:
             self._response.close()
+        if self._connection is not None:
+            self._connection.release()
 
     def cut(self) -> None:
         """Make the call fail where it waits now, or where it waits next."""
         self._cut = True
         if self._scope is not None:
             self._scope.reschedule(self._loop.time())
+
+    @property
+    def _connect_s(self) -> float:
+        """What is left of the time to connect, which waiting for a free connection is part of."""
+        if self._connection is None:
+            return self._call.timeouts.connect_s
+        return max(self._connect_by - self._loop.time(), _LEAST_CONNECT_S)
 
     @property
     def _content(self) -> aiohttp.StreamReader:
@@ -361,6 +434,8 @@ class _Exchange:
             # aiohttp reports a session that was closed under a call as a bare RuntimeError.
             if self._reader.begun:
                 raise self._protocol_error(f"the answer broke off: {_reason(error)}") from error
+            if isinstance(error.__cause__, aiohttp.http_exceptions.ContentEncodingError):
+                raise self._protocol_error("the engine's answer does not unpack") from error
             raise self._unreachable(_reason(error)) from error
         finally:
             self._scope = None

@@ -17,6 +17,7 @@ from backends.llamacpp import LlamaCppBackend
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend, tokens_of
 from backends.templates import ChatTemplate
+from backends.tls import BadTlsFile, ClientTls
 from gateway.background import Background
 from policies.routing_policy import (
     BackendSpec,
@@ -24,6 +25,7 @@ from policies.routing_policy import (
     LlamaCppBackendSpec,
     OpenAIBackendSpec,
     ScriptedBackendSpec,
+    TlsSpec,
     TritonBackendSpec,
 )
 
@@ -151,7 +153,11 @@ class Fleet:
             session=self._session,
             upstream_model=spec.model,
             api_key=spec.api_key,
+            api_key_header=spec.api_key_header,
             headers=spec.headers,
+            query=spec.query,
+            tls=_tls(name, spec.tls),
+            max_connections=spec.max_connections,
         )
         return backend if spec.max_n is None else FanOut(backend, spec.max_n)
 
@@ -168,6 +174,15 @@ class Fleet:
                 " gateway: restart it"
             )
         return engine
+
+
+def _tls(name: str, spec: TlsSpec | None) -> ClientTls | None:
+    if spec is None:
+        return None
+    try:
+        return ClientTls(ca=spec.ca, certificate=spec.certificate, key=spec.key, server_name=spec.server_name)
+    except BadTlsFile as error:
+        raise ValueError(f"backend '{name}': {error}") from error
 
 
 def _utc_now() -> datetime:
