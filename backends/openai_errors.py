@@ -1,7 +1,8 @@
 """An engine's error answer, turned into an error by cause: by its HTTP status, else by the code and type it names.
 
 Engines agree on no one shape: OpenAI and llama.cpp nest an `error` object, older vLLM puts its fields at the top, TGI
-sends a bare text with an `error_type`, FastAPI a `detail`. Inside a 200 stream there is no status at all.
+sends a bare text with an `error_type`, FastAPI a `detail`, Gemini a list with the object in it, Cloudflare `errors`.
+Inside a 200 stream there is no status at all.
 """
 
 from __future__ import annotations
@@ -49,8 +50,18 @@ _STATUS_BY_NAME = {
     "service_unavailable": 503,
     "timeout": 504,
     "timeout_error": 504,
+    "invalid_argument": 400,
+    "unauthenticated": 401,
+    "permission_denied": 403,
+    "not_found": 404,
+    "resource_exhausted": 429,
+    "service_tier_capacity_exceeded": 429,
+    "engine_overloaded": 503,
+    "unavailable": 503,
+    "deadline_exceeded": 504,
 }
-"""What the names mean that OpenAI, vLLM, llama.cpp, TGI and Anthropic give as `code` or `type`, in lower case."""
+"""What the names mean that OpenAI, vLLM, llama.cpp, TGI, Anthropic, Gemini and Mistral give as `code`, `type` or
+`status`, in lower case."""
 
 _OPERATORS_FAULT = {401, 402, 403, 404, 405, 410}
 
@@ -64,6 +75,8 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
     error_type: str | None = None
     param: str | None = None
+    retry_after_s: float | None = None
+    """How long the engine asks to be left alone, 0 to 86,400 s, where the error itself says so."""
 
 
 def read_error(body: bytes) -> ErrorDetail:
@@ -72,9 +85,12 @@ def read_error(body: bytes) -> ErrorDetail:
         answer = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ErrorDetail(message=body.decode(errors="replace").strip()[:_MAX_MESSAGE_CHARS])
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
     if not isinstance(answer, dict):
         return ErrorDetail(message=_text(answer))
-    nested = answer.get("error")
+    nested = answer.get("error") or answer.get("errors")
+    nested = nested[0] if isinstance(nested, list) and nested else nested
     fields = nested if isinstance(nested, dict) else answer
     message = next((fields[name] for name in ("message", "detail", "error") if fields.get(name)), "")
     code, error_type, param = (_name(fields.get(name)) for name in ("code", "type", "param"))
@@ -85,6 +101,7 @@ def read_error(body: bytes) -> ErrorDetail:
         code=code,
         error_type=error_type,
         param=param,
+        retry_after_s=_retry_after_s(fields),
     )
 
 
@@ -96,11 +113,16 @@ def error_by_cause(
     model: str,
     retry_after_s: float | None = None,
 ) -> BackendError:
-    """The error that an answer with `status` means; None where the error came inside a 200."""
+    """The error that an answer with `status` means; None where the error came inside a 200.
+
+    `retry_after_s` is what the answer's headers said; what the error itself says counts where they say nothing.
+    """
     if status is None or (status == 400 and detail.status == 404):
         status = detail.status or 500
     said = detail.message or "no reason given"
     if status in (429, 503, 529):
+        if retry_after_s is None:
+            retry_after_s = detail.retry_after_s
         return BackendOverloaded(said, backend=backend, model=model, retry_after_s=retry_after_s)
     if status in (408, 504):
         return BackendTimeout(f"the engine gave up: {said}", phase="total", backend=backend, model=model)
@@ -138,6 +160,17 @@ def read_retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
+def _retry_after_s(fields: Mapping[str, object]) -> float | None:
+    """The wait in an error's own fields, or in the `metadata` that OpenRouter puts beside them."""
+    metadata = fields.get("metadata")
+    for said in (fields, metadata if isinstance(metadata, dict) else {}):
+        for name, per_second in (("retry_after_ms", 1000.0), ("retry_after", 1.0), ("retry_after_seconds", 1.0)):
+            value = said.get(name)
+            if isinstance(value, int | float | str) and (seconds := _seconds(str(value))) is not None:
+                return _bounded(seconds / per_second)
+    return None
+
+
 def _bounded(seconds: float) -> float:
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
 
@@ -165,7 +198,7 @@ def _status(fields: Mapping[str, object], code: str | None, error_type: str | No
             value = int(value)
         if isinstance(value, int) and 400 <= value <= 599:
             return value
-    for name in (code, error_type):
+    for name in (code, error_type, _name(fields.get("status"))):
         if name is not None and (status := _STATUS_BY_NAME.get(name.lower())) is not None:
             return status
     return None

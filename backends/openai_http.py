@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import io
+import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import TypedDict, TypeVar
 
 import aiohttp
 import msgspec
@@ -18,11 +19,19 @@ import yarl
 
 from backends.backend import Call, Load
 from backends.catalog import Capability
-from backends.chat import ChatRequest, Event, parse_event
-from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
+from backends.chat import ChatRequest, Event
+from backends.errors import (
+    BackendError,
+    BackendOverloaded,
+    BackendProtocolError,
+    BackendTimeout,
+    BackendUnreachable,
+)
 from backends.load_signals import LoadSignals, MetricsPage
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
+from backends.openai_quirks import AnswerReader
 from backends.sse import Frame, FrameTooLarge, SseParser
+from backends.tls import ClientTls
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """The largest answer that is not streamed: 100k tokens with 20 log probabilities each stay below it."""
@@ -36,6 +45,9 @@ _TRAILER_S = 1.0
 _LINGER_S = 0.05
 """How long the end of the HTTP body is waited on after `[DONE]`, to give the connection back instead of closing it."""
 _LARGE_BODY_BYTES = 512 * 1024
+_LEAST_CONNECT_S = 0.001
+"""aiohttp takes 0 for no limit."""
+_BUSY_RETRY_AFTER_S = 1.0
 
 _T = TypeVar("_T")
 
@@ -57,9 +69,11 @@ class OpenAIBackend:
     """A `Backend` at `base_url` (up to and including `/v1`), on aiohttp.
 
     Without a `session` it opens its own at the first call and closes it in `aclose`. `upstream_model` is what the
-    engine calls the model, where that is not the name it has here. `api_key` is sent as a bearer token, `headers` with
-    every request; nothing that a client sent as a header is ever forwarded. `check` asks for `health_url`, by default
-    the engine's list of models. `run` reads the engine's load from its Prometheus metrics at `metrics_url`, and
+    engine calls the model, where that is not the name it has here. `api_key` is sent as a bearer token, or bare in the
+    header `api_key_header`; `headers` go with every request and `query` with every URL; nothing that a client sent as a
+    header is ever forwarded. With `max_connections` a call that finds so many in use waits for one within its connect
+    time, and is then `BackendOverloaded`; health checks come on top. `check` asks for `health_url`, by default the
+    engine's list of models. `run` reads the engine's load from its Prometheus metrics at `metrics_url`, and
     `metrics_note` is told whether that works (see `LoadSignals`); credentials go there only where it is the same host
     and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
     """
@@ -72,7 +86,11 @@ class OpenAIBackend:
         session: aiohttp.ClientSession | None = None,
         upstream_model: str | None = None,
         api_key: str | None = None,
+        api_key_header: str | None = None,
         headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+        tls: ClientTls | None = None,
+        max_connections: int | None = None,
         health_url: str | None = None,
         metrics_url: str | None = None,
         metrics_note: Callable[[bool, str], None] | None = None,
@@ -81,18 +99,22 @@ class OpenAIBackend:
         base = base_url.rstrip("/")
         self._name = name
         self._urls = {
-            "chat": yarl.URL(f"{base}/chat/completions"),
-            "text_completion": yarl.URL(f"{base}/completions"),
+            "chat": yarl.URL(f"{base}/chat/completions").extend_query(query or {}),
+            "text_completion": yarl.URL(f"{base}/completions").extend_query(query or {}),
         }
-        self._health_url = yarl.URL(health_url or f"{base}/models")
+        self._health_url = yarl.URL(health_url or f"{base}/models").extend_query(query or {})
         if not self._health_url.is_absolute() or self._health_url.scheme not in ("http", "https"):
             raise ValueError(f"backend {name}: {base_url!r} is no http(s) URL")
         self._upstream_model = upstream_model
         # Decoding a compressed stream holds frames back until the compressor's block is full.
         self._headers = {"User-Agent": "forebay", "Accept-Encoding": "identity"}
-        if api_key is not None:
+        if api_key is not None and api_key_header is not None:
+            self._headers[api_key_header] = api_key
+        elif api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._headers |= headers or {}
+        self._tls = tls
+        self._connections = None if max_connections is None else asyncio.Semaphore(max_connections)
         self._session = session
         self._owns_session = session is None
         self._wall_clock = wall_clock
@@ -117,11 +139,14 @@ class OpenAIBackend:
         exchange = _Exchange(self._name, call, self._wall_clock)
         self._exchanges.add(exchange)
         try:
+            if self._connections is not None:
+                await exchange.take_connection(self._connections)
             await exchange.send(
                 self._session_now(call.model),
                 self._urls[call.request.operation],
                 _body(call.request, self._upstream_model or call.model),
                 {**self._headers, "Content-Type": "application/json", "X-Request-Id": call.request_id},
+                await self._tls_settings(),
             )
             if not exchange.is_stream:
                 yield await exchange.read_whole()
@@ -131,6 +156,8 @@ class OpenAIBackend:
                     if (event := exchange.read_event(frame)) is not None:
                         yield event
             exchange.check_complete()
+            if (event := exchange.closing_event()) is not None:
+                yield event
         finally:
             self._exchanges.discard(exchange)
             exchange.hang_up()
@@ -145,7 +172,9 @@ class OpenAIBackend:
         try:
             async with (
                 asyncio.timeout(within_s),
-                session.get(self._health_url, headers=self._headers, allow_redirects=False) as response,
+                session.get(
+                    self._health_url, headers=self._headers, allow_redirects=False, **await self._tls_settings()
+                ) as response,
             ):
                 body = await response.content.read(_MAX_ERROR_BYTES)
         except TimeoutError as error:
@@ -171,12 +200,24 @@ class OpenAIBackend:
         page = MetricsPage(url, lambda: self._session_now(""), headers=self._headers if is_ours else None)
         return LoadSignals(page, model=self._upstream_model, in_flight=lambda: len(self._exchanges), note=note)
 
+    async def _tls_settings(self) -> _TlsSettings:
+        if self._tls is None:
+            return {}
+        return {"ssl": await self._tls.context(), "server_hostname": self._tls.server_name}
+
     def _session_now(self, model: str) -> aiohttp.ClientSession:
         if self._session is None and not self._closed:
             self._session = new_session()
         if self._closed or self._session is None or self._session.closed:
             raise BackendUnreachable("the backend is closed", backend=self._name, model=model)
         return self._session
+
+
+class _TlsSettings(TypedDict, total=False):
+    """aiohttp's words for how a connection is made."""
+
+    ssl: ssl.SSLContext
+    server_hostname: str | None
 
 
 def _body(request: ChatRequest, model: str) -> bytes:
@@ -188,6 +229,17 @@ def _body(request: ChatRequest, model: str) -> bytes:
     return msgspec.json.encode(request.with_fields(model=model, stream_options=options))
 
 
+def _apart(frame: Frame) -> Sequence[Frame]:
+    """A frame of several lines as one for each, where every line is whole and together they are nothing.
+
+    SGLang has been seen to send an error and `[DONE]` without the blank line in between.
+    """
+    if b"\n" not in frame.data or _is_json(frame.data):
+        return (frame,)
+    lines = frame.data.split(b"\n")
+    return [frame._replace(data=line) for line in lines] if all(map(_is_json, lines)) else (frame,)
+
+
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=msgspec.Raw)
@@ -196,12 +248,24 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
+def _fault_of_a_whole(body: bytes) -> str | None:
+    """Why a body can not be an answer in one piece; None where it may be one."""
+    if body.startswith(b"<"):
+        return "the engine answered with a page for people: is a proxy in front of it, or the URL not its API's?"
+    if body.startswith((b"data:", b"event:", b":")):
+        return "the engine answered with a stream, though none was asked for"
+    if b"}\n{" in body.replace(b"\r", b""):
+        return "the engine sends JSON line by line, as Ollama's own API does: the URL must be of the one under /v1"
+    return None
+
+
 def _reason(error: BaseException) -> str:
+    """What went wrong in words, without what aiohttp says of itself around it."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
     return str(error) or type(error).__name__
-
-
-class _ErrorFrame(msgspec.Struct, frozen=True):
-    error: object = None
 
 
 class _Exchange:
@@ -214,20 +278,40 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         now = self._loop.time()
         self._end = min(call.deadline, now + call.timeouts.total_s)
+        self._connect_by = now + call.timeouts.connect_s
         self._first_token_by = now + call.timeouts.first_token_s
+        self._connection: asyncio.Semaphore | None = None
         self._response: aiohttp.ClientResponse | None = None
         self._scope: asyncio.Timeout | None = None
         self._cut = False
         self._parser = SseParser()
-        self._begun: set[int] = set()
-        self._finished: set[int] = set()
+        self._reader = AnswerReader(backend, call, now=wall_clock)
+        self._begins_with = b""
         self._has_content = False
         self._said_done = False
         self._at_end = False
         self.is_stream = False
 
+    async def take_connection(self, free: asyncio.Semaphore) -> None:
+        """Wait for a connection to be free, to be given back by `hang_up`."""
+        try:
+            await self._wait(free.acquire(), "connect", self._connect_by)
+        except BackendTimeout as error:
+            if error.phase != "connect":
+                raise
+            message = "all connections to the engine are in use"
+            raise BackendOverloaded(
+                message, backend=self._backend, model=self._call.model, retry_after_s=_BUSY_RETRY_AFTER_S
+            ) from error
+        self._connection = free
+
     async def send(
-        self, session: aiohttp.ClientSession, url: yarl.URL, body: bytes, headers: Mapping[str, str]
+        self,
+        session: aiohttp.ClientSession,
+        url: yarl.URL,
+        body: bytes,
+        headers: Mapping[str, str],
+        tls: _TlsSettings,
     ) -> None:
         """Send the request and read the head of the answer. Raises the cause of one that is not 200."""
         phase, until = ("first_token", self._first_token_by) if self._call.request.stream else ("total", self._end)
@@ -237,20 +321,22 @@ class _Exchange:
             data=body if len(body) < _LARGE_BODY_BYTES else io.BytesIO(body),
             headers=headers,
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._call.timeouts.connect_s),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
+            **tls,
         )
         self._response = response = await self._wait(pending, phase, until)
         if response.status != 200:
             raise await self._refusal(response)
-        self.is_stream = self._call.request.stream and "json" not in response.headers.get("Content-Type", "")
+        self._reader.retry_after_s = read_retry_after_s(response.headers, self._wall_clock())
+        if self._call.request.stream:
+            self.is_stream = await self._begins_as_a_stream()
 
     async def read_whole(self) -> Event:
         """The answer that comes in one piece."""
-        body = await self._read_body(MAX_ANSWER_BYTES, self._end)
-        event = self._parse(body, whole=True)
-        if not event.choices:
-            raise self._protocol_error("the engine answered without a choice")
-        return event
+        body = (self._begins_with + await self._read_body(MAX_ANSWER_BYTES, self._end)).strip()
+        if (fault := _fault_of_a_whole(body)) is not None:
+            raise self._protocol_error(fault)
+        return self._reader.read_whole(body)
 
     async def next_frames(self) -> list[Frame] | None:
         """The frames that came next; None when the answer is over, by its own word or by the connection's end."""
@@ -259,9 +345,10 @@ class _Exchange:
         if self._said_done or self._at_end:
             return None
         try:
-            piece = await self._wait(self._content.readany(), *self._clock())
+            piece = self._begins_with or await self._wait(self._content.readany(), *self._clock())
+            self._begins_with = b""
             if piece:
-                return self._parser.feed(piece)
+                return [part for frame in self._parser.feed(piece) for part in _apart(frame)]
         except FrameTooLarge as error:
             raise self._protocol_error(f"the engine sent {error}") from error
         except BackendError:
@@ -270,38 +357,52 @@ class _Exchange:
                 return None
             raise
         self._at_end = True
-        return [frame for frame in self._parser.close() if _is_json(frame.data)]
+        return [part for frame in self._parser.close() for part in _apart(frame) if _is_json(part.data)]
 
     def read_event(self, frame: Frame) -> Event | None:
         """The event in a frame, None for one that carries none (`[DONE]`, an empty keep-alive)."""
-        if frame.data == b"[DONE]":
-            self._said_done = True
-        if self._said_done or not frame.data:
+        data = frame.data
+        if not data.startswith(b"{"):
+            data = data.strip()
+            if data == b"[DONE]":
+                self._said_done = True
+        if self._said_done or not data:
             return None
-        event = self._parse(frame.data, is_error=frame.event == b"error")
-        for choice in event.choices:
-            self._begun.add(choice.index)
-            if choice.finish_reason is not None:
-                self._finished.add(choice.index)
-        if not self._has_content:
+        if frame.event == b"error":
+            raise self._reader.error(data)
+        event = self._reader.read_frame(data)
+        if event is not None and not self._has_content:
             self._has_content = event.has_content
         return event
 
     def check_complete(self) -> None:
         """Raise unless every choice that began has finished, and one did."""
-        if not self._begun or self._begun - self._finished:
+        if not self._reader.begun or self._reader.begun - self._reader.finished:
             raise self._protocol_error("the answer broke off before its finish_reason")
+
+    def closing_event(self) -> Event | None:
+        """What is left to tell when all frames are read."""
+        return self._reader.closing()
 
     def hang_up(self) -> None:
         """Close the connection at once, unless the answer was read to its end and the pool has it back."""
         if self._response is not None:
             self._response.close()
+        if self._connection is not None:
+            self._connection.release()
 
     def cut(self) -> None:
         """Make the call fail where it waits now, or where it waits next."""
         self._cut = True
         if self._scope is not None:
             self._scope.reschedule(self._loop.time())
+
+    @property
+    def _connect_s(self) -> float:
+        """What is left of the time to connect, which waiting for a free connection is part of."""
+        if self._connection is None:
+            return self._call.timeouts.connect_s
+        return max(self._connect_by - self._loop.time(), _LEAST_CONNECT_S)
 
     @property
     def _content(self) -> aiohttp.StreamReader:
@@ -312,7 +413,7 @@ class _Exchange:
     @property
     def _is_complete(self) -> bool:
         """Whether every choice that was asked for has finished."""
-        return len(self._finished) >= max(self._call.request.n, len(self._begun))
+        return len(self._reader.finished) >= max(self._call.request.n, len(self._reader.begun))
 
     def _clock(self) -> tuple[str, float]:
         """The phase that the next wait belongs to, and when it ends."""
@@ -343,12 +444,23 @@ class _Exchange:
             raise self._protocol_error(f"the engine does not speak HTTP: {_reason(error)}") from error
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             # aiohttp reports a session that was closed under a call as a bare RuntimeError.
-            if self._begun:
+            if self._reader.begun:
                 raise self._protocol_error(f"the answer broke off: {_reason(error)}") from error
+            if isinstance(error.__cause__, aiohttp.http_exceptions.ContentEncodingError):
+                raise self._protocol_error("the engine's answer does not unpack") from error
             raise self._unreachable(_reason(error)) from error
         finally:
             self._scope = None
             pending.close()
+
+    async def _begins_as_a_stream(self) -> bool:
+        """Whether events follow, by the first bytes: what an engine or a proxy says of its content type is no proof."""
+        while not self._begins_with.lstrip():
+            piece = await self._wait(self._content.readany(), *self._clock())
+            self._begins_with += piece
+            if not piece:
+                return True
+        return self._begins_with.lstrip()[:1] not in (b"{", b"[", b"<")
 
     async def _read_body(self, max_bytes: int, until: float) -> bytes:
         pieces = []
@@ -382,16 +494,6 @@ class _Exchange:
             model=self._call.model,
             retry_after_s=read_retry_after_s(response.headers, self._wall_clock()),
         )
-
-    def _parse(self, raw: bytes, *, whole: bool = False, is_error: bool = False) -> Event:
-        try:
-            if is_error or (b'"error"' in raw and msgspec.json.decode(raw, type=_ErrorFrame).error is not None):
-                raise error_by_cause(read_error(raw), None, backend=self._backend, model=self._call.model)
-            if not raw.isascii():
-                raw.decode()  # msgspec does not look into the strings that it skips
-            return parse_event(raw, whole=whole)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._protocol_error(f"the engine sent what is not OpenAI's JSON: {error}") from error
 
     def _protocol_error(self, message: str) -> BackendProtocolError:
         return BackendProtocolError(message, backend=self._backend, model=self._call.model)

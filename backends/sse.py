@@ -1,7 +1,8 @@
 """Server-sent events, read incrementally: bytes in at any split, whole frames out.
 
 After the WHATWG event stream format: lines end in LF, CRLF or CR, a blank line ends a frame, `data:` lines of one frame
-are joined by LF, comments and unknown fields are skipped, one leading byte order mark is dropped.
+are joined by LF, comments and unknown fields are skipped, one leading byte order mark is dropped. Beyond it, a field
+called `error` is taken for the data of an event of that name: llama.cpp's server wrote it so until late in 2025.
 """
 
 from __future__ import annotations
@@ -95,4 +96,8 @@ class SseParser:
                 self._event = line[6:].removeprefix(b" ")
             elif line == b"data":
                 self._data.append(b"")
+            elif line.startswith(b"error:"):
+                self._data.append(line[6:].removeprefix(b" "))
+                self._event = b"error"
+                self._grow(len(line))
         return frames

@@ -46,7 +46,7 @@ from gateway.snapshot import Snapshot, compile_snapshot
 from gateway.telemetry.logs import Log
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.record import Record
-from policies.admission import Unlimited
+from policies.admission import Admission, Unlimited
 from policies.ledger import MemoryLedger
 from policies.routing_policy import Policy, PolicyFile
 from policies.secrets import RootSecret, root_secret_file
@@ -114,11 +114,13 @@ async def open_gateway(
     log: Log,
     backends: Mapping[str, Backend] | None = None,
     exact: ExactCache | None = None,
+    admission: Admission | None = None,
 ) -> AsyncGenerator[Gateway, None]:
     """Build a worker and run what it runs in the background.
 
-    `backends` (by name) and `exact` replace what the policy and the settings would have built: the seams that tests
-    and benchmarks use. Raises `PolicyError`, `RootSecretTooShort`, `StoreUnreachable` and ValueError for bad URLs.
+    `backends` (by name), `exact` and `admission` replace what the policy and the settings would have built: the seams
+    that tests and benchmarks use. Raises `PolicyError`, `RootSecretTooShort`, `StoreUnreachable` and ValueError for bad
+    URLs.
     """
     clock = time.monotonic  # the event loop's clock, but for uvloop's rounding of it to whole milliseconds
     metrics = Metrics(settings.metrics_dir)
@@ -171,7 +173,7 @@ async def open_gateway(
         background = await stack.enter_async_context(Background(record.task_crashed))
         ledger = MemoryLedger(now=clock)
         pipeline = Pipeline(
-            admission=Unlimited(),
+            admission=admission or Unlimited(),
             exact=exact or _exact_cache(redis),
             flights=Flights[Head](background.spawn),
             semantic=NoSemanticTier(),

@@ -228,8 +228,11 @@ TABLE: Mapping[type[Exception], Callable[..., Rendered]] = {
         code="backend_protocol_error",
         message="the model's answer came in pieces that do not add up to one",
     ),
-    BackendRefusedCredentials: _backend(
-        502, "backend_refused_credentials", "the model refused the gateway's credentials; its operator has to act"
+    BackendRefusedCredentials: lambda error: msgspec.structs.replace(
+        _backend(
+            502, "backend_refused_credentials", "the model refused the gateway's credentials; its operator has to act"
+        )(error),
+        should_retry=False,
     ),
     DeadlinePassed: lambda error: Rendered(
         status=504, type=_SERVER, code="deadline_passed", message="the request's time was up"

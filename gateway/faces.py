@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from litestar import Litestar, MediaType, Request, Response, asgi, get, head
+from litestar import Litestar, MediaType, Request, Response, asgi, get, route
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
@@ -19,7 +19,7 @@ from gateway.background import Background
 from gateway.errors import MethodNotAllowed, RequestError, RouteNotFound, render
 from gateway.health import Health
 from gateway.openai.endpoint import InferenceEndpoint
-from gateway.openai.models import ModelsEndpoint
+from gateway.openai.models import READ, ModelsEndpoint, echoed
 from gateway.openai.schema import add_hot_routes
 from gateway.openai.translate import read_chat, read_completion
 from gateway.pipeline import Pipeline
@@ -69,15 +69,15 @@ def build_app(
 
     models = ModelsEndpoint(keys, current)
 
-    @get("/healthz", media_type=MediaType.TEXT, sync_to_thread=False, summary="Alive")
+    @route("/healthz", http_method=READ, media_type=MediaType.TEXT, sync_to_thread=False, summary="Alive")
     def healthz() -> str:
         return "ok\n"
 
-    @head("/healthz", sync_to_thread=False, summary="Alive")
-    def healthz_head() -> None:
-        return None
-
-    @get("/readyz", summary="Ready to serve, and what is wrong where not; an admin key sees the details")
+    @route(
+        "/readyz",
+        http_method=READ,
+        summary="Ready to serve, and what is wrong where not; an admin key sees the details",
+    )
     async def readyz(request: Request[Any, Any, Any]) -> Response[Any]:
         report = await health.report()
         shown = report if await _is_administrator(keys, request) else report.for_anybody()
@@ -92,7 +92,7 @@ def build_app(
         rendered = render(_domain_error(request, error))
         if rendered.status == 500:
             record.unexpected(request_id, error)
-        headers = {name.decode(): value.decode() for name, value in rendered.headers()}
+        headers = {name.decode(): value.decode() for name, value in rendered.headers()} | echoed(request)
         return Response(
             rendered.body(),
             status_code=rendered.status,
@@ -106,7 +106,6 @@ def build_app(
             inference("/v1/completions", read_completion),
             *models.handlers(),
             healthz,
-            healthz_head,
             readyz,
             prometheus,
             admin_router(AdminDependencies(keys=keys, watch=watch, store=store)),

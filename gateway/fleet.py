@@ -21,6 +21,7 @@ from backends.load_signals import MetricsPages
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend, tokens_of
 from backends.templates import ChatTemplate
+from backends.tls import BadTlsFile, ClientTls
 from gateway.background import Background
 from policies.routing_policy import (
     BackendSpec,
@@ -28,6 +29,7 @@ from policies.routing_policy import (
     LlamaCppBackendSpec,
     OpenAIBackendSpec,
     ScriptedBackendSpec,
+    TlsSpec,
     TritonBackendSpec,
 )
 
@@ -163,7 +165,11 @@ class Fleet:
             session=self._session,
             upstream_model=spec.model,
             api_key=spec.api_key,
+            api_key_header=spec.api_key_header,
             headers=spec.headers,
+            query=spec.query,
+            tls=_tls(name, spec.tls),
+            max_connections=spec.max_connections,
             metrics_url=spec.metrics_url,
             metrics_note=partial(self._metrics_note, name),
         )
@@ -192,6 +198,7 @@ class Fleet:
             url, metrics_url = engine.url, metrics_url or engine.metrics_url
         tls = None
         if spec.tls is not None:
+            _tls(name, spec.tls)  # refuses files that cannot be used, which gRPC finds out at a call
             files = (spec.tls.ca, spec.tls.certificate, spec.tls.key)
             ca, certificate, key = (None if file is None else Path(file).read_bytes() for file in files)
             tls = Tls(ca=ca, certificate=certificate, key=key, server_name=spec.tls.server_name)
@@ -223,6 +230,15 @@ class Fleet:
                 " gateway: restart it"
             )
         return engine
+
+
+def _tls(name: str, spec: TlsSpec | None) -> ClientTls | None:
+    if spec is None:
+        return None
+    try:
+        return ClientTls(ca=spec.ca, certificate=spec.certificate, key=spec.key, server_name=spec.server_name)
+    except BadTlsFile as error:
+        raise ValueError(f"backend '{name}': {error}") from error
 
 
 def _utc_now() -> datetime:

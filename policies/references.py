@@ -18,6 +18,7 @@ from policies.routing_policy import (
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
+    OpenAIBackendSpec,
     RouteSpec,
     ThresholdRouteSpec,
     TimeoutsSpec,
@@ -69,6 +70,8 @@ class _Check:
     def _backend(self, path: Path, backend: BackendSpec) -> None:
         if isinstance(backend, LlamaCppBackendSpec):
             self._one_of(path, backend, "url", "weights")
+        if isinstance(backend, OpenAIBackendSpec):
+            self._openai(path, backend)
         if isinstance(backend, TritonBackendSpec):
             self._triton(path, backend)
         template = getattr(backend, "chat_template", None)
@@ -92,6 +95,12 @@ class _Check:
             which = "both" if any(has) else "neither"
             remedy = f"{served} for a server that runs, {started} for one that Forebay starts"
             self._mistake(path, f"needs exactly one of '{served}' and '{started}', has {which}", remedy, at_key=True)
+
+    def _openai(self, path: Path, backend: OpenAIBackendSpec) -> None:
+        if backend.tls is not None and not backend.url.startswith("https://"):
+            self._mistake((*path, "tls"), "the URL is not an https:// one", "write https://, or remove tls")
+        if backend.api_key_header is not None and backend.api_key is None:
+            self._mistake((*path, "api_key_header"), "there is no 'api_key' to send in it", "add api_key")
 
     def _triton(self, path: Path, backend: TritonBackendSpec) -> None:
         self._one_of(path, backend, "url", "repository")

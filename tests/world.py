@@ -135,6 +135,7 @@ async def open_world(
     redis: str = "",
     settings: Mapping[str, Any] = {},
     exact: Any = None,
+    admission: Any = None,
 ) -> AsyncGenerator[World, None]:
     scripted = {"small-1": ScriptedBackend("small-1", small), "large-1": ScriptedBackend("large-1", large)}
     log = Lines()
@@ -143,7 +144,7 @@ async def open_world(
         path.write_text(policy)
         given = Settings(policy=str(path), data_dir=folder, cache_url=redis, **{"drain_s": 1.0, **settings})
         async with open_gateway(
-            given, environment={}, log=log.log(), backends={**scripted, **backends}, exact=exact
+            given, environment={}, log=log.log(), backends={**scripted, **backends}, exact=exact, admission=admission
         ) as gateway:
             _, key = await gateway.store.ensure_demo_tenant()
             assert key is not None

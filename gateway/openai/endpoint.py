@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeGuard
 
 import anyio
 from litestar.types import HTTPScope, Receive, Send
@@ -38,7 +39,8 @@ Headers = list[tuple[bytes, bytes]]
 
 ERROR_WITHIN_S = 5.0
 
-_CLIENT_REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
+_ALLOW = "OPTIONS, POST"
+_CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class InferenceEndpoint:
@@ -68,12 +70,20 @@ class InferenceEndpoint:
     async def __call__(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         clock = time.monotonic
         headers = dict(scope["headers"])
-        exchange = Exchange(request_id=self._fresh_request_id(), path=scope["path"], started_at=clock())
+        exchange = Exchange(
+            request_id=self._fresh_request_id(),
+            path=scope["path"],
+            started_at=clock(),
+            is_retry=_is_retry(headers),
+        )
         common = _common_headers(exchange.request_id, headers)
-        writer = _Writer(send, common, exchange)
+        writer = _Writer(send, common, exchange, clock)
         try:
+            if scope["method"] == "OPTIONS":
+                await writer.allow(_ALLOW)
+                return
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST", allow="POST")
+                raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST", allow=_ALLOW)
             tenant = await self._authenticate(headers)
             request = self._read(
                 await read_body(
@@ -169,10 +179,11 @@ class _until:  # noqa: N801 - reads as a clause
 class _Writer:
     """Sends one response, and knows how far it got: an error before the start is a status, after it an event."""
 
-    def __init__(self, send: Send, headers: Headers, exchange: Exchange) -> None:
+    def __init__(self, send: Send, headers: Headers, exchange: Exchange, clock: Callable[[], float]) -> None:
         self._send = send
         self._headers = headers
         self._exchange = exchange
+        self._clock = clock
         self._streaming = False
 
     def describe(self, context: RequestContext, answer: Answer, *, debug: bool) -> None:
@@ -201,6 +212,7 @@ class _Writer:
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"x-accel-buffering", b"no"),  # nginx in front would otherwise hold events back
             *self._headers,
+            self._processing_ms(),
         ]
         self._exchange.status = 200
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -225,11 +237,23 @@ class _Writer:
         headers = [(b"content-type", b"application/json"), *self._headers, *error.headers()]
         await self._respond(error.status, headers, error.body())
 
+    async def allow(self, methods: str) -> None:
+        """Say what may be asked here, as OPTIONS wants to know."""
+        self._exchange.status = 204
+        headers = [(b"allow", methods.encode()), *self._headers]
+        await self._send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def _respond(self, status: int, headers: Headers, body: bytes) -> None:
         self._exchange.status = status
+        headers.append(self._processing_ms())
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _processing_ms(self) -> tuple[bytes, bytes]:
+        """Milliseconds from a request's head to its answer's, as OpenAI's clients log them."""
+        return b"openai-processing-ms", str(int((self._clock() - self._exchange.started_at) * 1000)).encode()
 
 
 def usd(nano_usd: int) -> bytes:
@@ -271,9 +295,20 @@ def _common_headers(request_id: str, headers: Mapping[bytes, bytes]) -> Headers:
         (b"cache-control", b"private, no-store"),
     ]
     client_id = headers.get(b"x-client-request-id")
-    if client_id is not None and _CLIENT_REQUEST_ID.match(client_id):
+    if may_be_echoed(client_id):
         common.append((b"x-client-request-id", client_id))
     return common
+
+
+def may_be_echoed(client_request_id: bytes | None) -> TypeGuard[bytes]:
+    """Whether a client's own id of its request is one that can do no harm in a header or a log."""
+    return client_request_id is not None and _CLIENT_REQUEST_ID.fullmatch(client_request_id) is not None
+
+
+def _is_retry(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether OpenAI's SDKs say that they have asked this before."""
+    count = headers.get(b"x-stainless-retry-count", b"0")
+    return count.isdigit() and count.strip(b"0") != b""
 
 
 def _declared_bytes(headers: Mapping[bytes, bytes]) -> int | None:

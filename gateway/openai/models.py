@@ -6,12 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from litestar import Request, get
+from litestar import Request, Response, route
+from litestar.enums import HttpMethod
 from litestar.params import FromPath
 
 from gateway.auth import KeyRing
+from gateway.openai.endpoint import may_be_echoed
 from gateway.snapshot import Snapshot, UnknownModel
 from policies.tenant import Tenant
+
+READ = (HttpMethod.GET, HttpMethod.HEAD)
+"""The server leaves the body of an answer to HEAD out, and its headers are what GET would have told."""
 
 CREATED = 0
 """OpenAI's type demands a time of creation; a name in a policy has none."""
@@ -39,31 +44,39 @@ class ModelsEndpoint:
         self._current = current
 
     def handlers(self) -> tuple[Any, ...]:
-        @get("/v1/models", summary="Models and routes this key may name")
-        async def list_models(request: Request[Any, Any, Any]) -> ModelList:
-            tenant = await self._tenant(request)
-            return ModelList(data=self._visible(tenant))
+        @route("/v1/models", http_method=READ, summary="Models and routes this key may name")
+        async def list_models(request: Request[Any, Any, Any]) -> Response[ModelList]:
+            return Response(ModelList(data=await self._visible(request)), headers=echoed(request))
 
-        @get("/v1/models/{model_id:path}", summary="One model or route")
-        async def get_model(request: Request[Any, Any, Any], model_id: FromPath[str]) -> Model:
-            tenant = await self._tenant(request)
-            wanted = str(model_id).lstrip("/")
-            visible = self._visible(tenant)
-            for model in visible:
-                if model.id == wanted:
-                    return model
-            raise UnknownModel(wanted, tuple(model.id for model in visible))
+        @route("/v1/models/{model_id:path}", http_method=READ, summary="One model or route")
+        async def get_model(request: Request[Any, Any, Any], model_id: FromPath[str]) -> Response[Model]:
+            return Response(await self._one(request, model_id), headers=echoed(request))
 
         return list_models, get_model
+
+    async def _one(self, request: Request[Any, Any, Any], model_id: str) -> Model:
+        wanted = str(model_id).lstrip("/")
+        visible = await self._visible(request)
+        for model in visible:
+            if model.id == wanted:
+                return model
+        raise UnknownModel(wanted, tuple(model.id for model in visible))
 
     async def _tenant(self, request: Request[Any, Any, Any]) -> Tenant:
         authorization = request.headers.get("authorization")
         found = self._keys.lookup(authorization.encode("latin-1") if authorization is not None else None)
         return found if isinstance(found, Tenant) else await found
 
-    def _visible(self, tenant: Tenant) -> list[Model]:
+    async def _visible(self, request: Request[Any, Any, Any]) -> list[Model]:
+        tenant = await self._tenant(request)
         snapshot = self._current()
         return [_model(snapshot, name) for name in snapshot.policy.names if tenant.may_use(name)]
+
+
+def echoed(request: Request[Any, Any, Any]) -> dict[str, str]:
+    """The client's own id of its request, to send back."""
+    client_id = request.headers.get("x-client-request-id", "").encode("latin-1")
+    return {"x-client-request-id": client_id.decode()} if may_be_echoed(client_id) else {}
 
 
 def _model(snapshot: Snapshot, name: str) -> Model:

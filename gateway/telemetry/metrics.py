@@ -80,6 +80,9 @@ class Metrics:
                 "forebay_clients_gone", "Requests whose client hung up before the end.", ["path"], registry=registry
             )
         )
+        self.client_retries = Counter(
+            "forebay_client_retries", "Requests that a client's SDK says it has made before.", registry=registry
+        )
         self.tokens = Labelled(
             Counter(
                 "forebay_tokens",

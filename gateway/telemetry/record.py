@@ -26,6 +26,8 @@ class Exchange:
     request_id: str
     path: str
     started_at: float
+    is_retry: bool = False
+    """Whether the client says that it has asked this before."""
     status: int = 0
     answer: Answer | None = None
     error: Exception | None = None
@@ -56,6 +58,8 @@ class Record:
         metrics, answer = self._metrics, exchange.answer
         cache = answer.cache if answer is not None else "none"
         metrics.requests.labels(exchange.path, str(exchange.status), cache).inc()
+        if exchange.is_retry:
+            metrics.client_retries.inc()
         if exchange.gone:
             metrics.clients_gone.labels(exchange.path).inc()
         if answer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -58,10 +59,13 @@ async def backend(upstream: Upstream) -> AsyncIterator[OpenAIBackend]:
 
 
 async def test_a_frame_is_relayed_as_the_bytes_it_came_in(backend: OpenAIBackend, upstream: Upstream) -> None:
-    odd = b'{ "x":1,"choices" :[{"index":0,"delta":{"content":"\\u00fc"},"finish_reason":"stop"}]}'
-    upstream.plays(*sse(b"data: " + odd + b"\r\n\r\n"))
-    [only] = await collect(backend, make_call(stream=True))
-    assert only.raw == odd
+    head = b'{ "id":"chatcmpl-1","x":[1.50, 12345678901234567890], "object" : "chat.completion.chunk","created":1,'
+    head += b'"model":"upstream-model", "choices" :[{"index":0,"delta":'
+    first = head + b'{"role":"assistant","content":"\\u00fc"},"finish_reason":null}]}'
+    middle = head + b'{"content":"\\u00fc", "y": 1e2}}]}'
+    last = head + b'{},"finish_reason":"stop"}]}'
+    upstream.plays(*sse(*(b"data: " + frame + b"\r\n\r\n" for frame in (first, middle, last))))
+    assert [event.raw for event in await collect(backend, make_call(stream=True))] == [first, middle, last]
 
 
 async def test_only_the_model_and_include_usage_are_rewritten(upstream: Upstream) -> None:
@@ -95,6 +99,82 @@ async def test_the_engine_is_sent_our_headers_and_nothing_of_the_client(upstream
         "x-request-id", "x-team",
     }  # fmt: skip
     await backend.aclose()
+
+
+async def test_a_key_may_go_bare_in_a_header_of_its_own_and_a_query_with_every_url(upstream: Upstream) -> None:
+    query = {"api-version": "2024-10-21", "a b": "c&d"}
+    backend = OpenAIBackend("a", upstream.url, api_key="ours", api_key_header="api-key", query=query)
+    upstream.plays(*answers(completion("x")))
+    await collect(backend, make_call())
+    await backend.check(within_s=1.0)
+    asked, checked = upstream.requests
+    assert asked.headers["api-key"] == checked.headers["api-key"] == "ours"
+    assert "authorization" not in asked.headers
+    assert asked.path == "/v1/chat/completions?api-version=2024-10-21&a+b=c%26d"
+    assert checked.path == "/v1/models?api-version=2024-10-21&a+b=c%26d"
+    await backend.aclose()
+
+
+async def test_a_call_waits_for_a_free_connection_within_its_connect_time(upstream: Upstream) -> None:
+    backend = OpenAIBackend("a", upstream.url, max_connections=2)
+    upstream.plays(*sse(*ANSWER))
+    answered = []
+    async with asyncio.TaskGroup() as group:
+        for _ in range(7):
+            answered.append(group.create_task(collect(backend, make_call(stream=True))))
+    assert {tuple(texts_of(task.result())) for task in answered} == {("Hello",)}
+    assert upstream.connections == 2
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_that_finds_no_connection_free_in_time_is_overload_and_no_fault(
+    upstream: Upstream, stream: bool
+) -> None:
+    backend = OpenAIBackend("a", upstream.url, max_connections=1)
+    upstream.plays(Head(), Send(event(chunk("x", role="assistant"))), Hang())
+    async with aclosing(backend.answer(make_call(stream=True))) as events:
+        await anext(events)
+        for timeouts, error in (
+            (Timeouts(connect_s=0.05), BackendOverloaded),
+            (Timeouts(total_s=0.05), BackendTimeout),
+        ):
+            with pytest.raises(error) as failure:
+                await collect(backend, make_call(stream=stream, timeouts=timeouts))
+            assert type(failure.value) is error
+    assert len(upstream.requests) == 1
+    upstream.plays(*answers(completion("y")))
+    assert texts_of(await collect(backend, make_call())) == ["y"]
+    await backend.aclose()
+
+
+async def test_closing_the_backend_fails_a_call_that_waits_for_a_connection(upstream: Upstream) -> None:
+    backend = OpenAIBackend("a", upstream.url, max_connections=1)
+    upstream.plays(Hang())
+    async with asyncio.TaskGroup() as group:
+        calls = [group.create_task(failure_of(backend, stream=True)) for _ in range(2)]
+        await upstream.until_asked()
+        await backend.aclose()
+    assert [type(call.result()) for call in calls] == [BackendUnreachable] * 2
+    assert len(upstream.requests) == 1
+
+
+async def test_a_stream_that_is_packed_though_plain_was_asked_for_is_read(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
+    packer = zlib.compressobj(wbits=31)
+    pieces = [packer.compress(event(frame)) + packer.flush(zlib.Z_SYNC_FLUSH) for frame in ANSWER]
+    head = Head(headers={"Content-Type": "text/event-stream", "Content-Encoding": "gzip"})
+    upstream.plays(head, *map(Send, pieces), Send(packer.flush()))
+    assert texts_of(await collect(backend, make_call(stream=True))) == ["Hello"]
+    assert upstream.requests[-1].headers["accept-encoding"] == "identity"
+
+
+async def test_a_stream_that_is_packed_wrongly_is_a_protocol_error(backend: OpenAIBackend, upstream: Upstream) -> None:
+    head = Head(headers={"Content-Type": "text/event-stream", "Content-Encoding": "gzip"})
+    upstream.plays(head, Send(event(chunk("x"))))
+    with pytest.raises(BackendProtocolError):
+        await collect(backend, make_call(stream=True))
 
 
 async def test_without_a_key_no_authorization_is_sent(backend: OpenAIBackend, upstream: Upstream) -> None:

@@ -64,3 +64,29 @@ def test_what_the_environment_gave_is_not_repeated(tmp_path: Path) -> None:
 )
 def test_a_url_that_names_a_server_is_taken(tmp_path: Path, url: str) -> None:
     load(tmp_path, near=url, far=url)
+
+
+@pytest.mark.parametrize(
+    ("engine", "where", "message"),
+    [
+        ("{kind: openai, url: 'http://h/v1', tls: {}}", "backends.near.tls", "the URL is not an https:// one"),
+        (
+            "{kind: openai, url: 'https://h/v1', api_key_header: api-key}",
+            "backends.near.api_key_header",
+            "there is no 'api_key' to send in it",
+        ),
+        ("{kind: openai, url: 'https://h/v1', tls: {ca: nowhere.pem}}", "backends.near.tls.ca", "no such file"),
+        ("{kind: openai, url: 'https://h/v1', tls: {certificate: policy.yaml}}", "backends.near.tls", "has no 'key'"),
+    ],
+)
+def test_settings_towards_an_engine_that_can_not_mean_anything_are_mistakes(
+    tmp_path: Path, engine: str, where: str, message: str
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY.replace("\n    kind: llamacpp\n    url: %s", f" {engine}"))
+    with pytest.raises(PolicyError) as refused:
+        load_policy(path, {"URL": GOOD})
+
+    (mistake,) = refused.value.mistakes
+    assert mistake.path == where
+    assert message in mistake.message
