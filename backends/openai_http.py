@@ -19,6 +19,7 @@ import yarl
 from backends.backend import Call, Load
 from backends.catalog import Capability
 from backends.chat import ChatRequest, Event, parse_event
+from backends.embeddings import read_embeddings
 from backends.errors import BackendError, BackendProtocolError, BackendTimeout, BackendUnreachable
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
 from backends.sse import Frame, FrameTooLarge, SseParser
@@ -78,6 +79,7 @@ class OpenAIBackend:
         self._urls = {
             "chat": yarl.URL(f"{base}/chat/completions"),
             "text_completion": yarl.URL(f"{base}/completions"),
+            "embeddings": yarl.URL(f"{base}/embeddings"),
         }
         self._health_url = yarl.URL(health_url or f"{base}/models")
         if not self._health_url.is_absolute() or self._health_url.scheme not in ("http", "https"):
@@ -236,6 +238,8 @@ class _Exchange:
         """The answer that comes in one piece."""
         body = await self._read_body(MAX_ANSWER_BYTES, self._end)
         event = self._parse(body, whole=True)
+        if self._call.request.operation == "embeddings":
+            return await read_embeddings(body, self._call, self._backend)
         if not event.choices:
             raise self._protocol_error("the engine answered without a choice")
         return event
