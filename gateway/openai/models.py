@@ -9,6 +9,7 @@ import msgspec
 from litestar import Request, get
 from litestar.params import FromPath
 
+from backends.catalog import Task
 from gateway.auth import KeyRing
 from gateway.snapshot import Snapshot, UnknownModel
 from policies.tenant import Tenant
@@ -24,6 +25,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str
     context_window: int | None = None
     """Tokens; None for a route, whose models may differ."""
+    task: Task
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,7 @@ class ModelsEndpoint:
 
 def _model(snapshot: Snapshot, name: str) -> Model:
     card = snapshot.models.get(name)
+    task = snapshot.tasks[name]
     if card is None:
-        return Model(id=name, owned_by="forebay")
-    return Model(id=name, owned_by=card.owned_by, context_window=card.context_window_tokens)
+        return Model(id=name, owned_by="forebay", task=task)
+    return Model(id=name, owned_by=card.owned_by, context_window=card.context_window_tokens, task=task)
