@@ -207,12 +207,13 @@ class EmbedderApi:
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
 
-    def application(self) -> web.Application:
+    def runner(self) -> web.AppRunner:
+        """What serves it, once set up. A client that leaves cancels its handler, which aiohttp would else let run."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_refusals])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/embeddings", self._embeddings)
-        return app
+        return web.AppRunner(app, handler_cancellation=True, access_log=None)
 
     async def _health(self, request: web.Request) -> web.Response:
         self._loaded()
@@ -319,8 +320,7 @@ async def serve(engine: Engine, load: Callable[[], Embedder]) -> None:
     for number in _ENDS_BY:
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     service = EmbeddingService(load)
-    # A handler is cancelled when its client leaves: aiohttp leaves it running unless it is told.
-    runner = web.AppRunner(EmbedderApi(service).application(), handler_cancellation=True, access_log=None)
+    runner = EmbedderApi(service).runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", engine.port).start()
     threading.Thread(target=_end_with_parent, daemon=True).start()

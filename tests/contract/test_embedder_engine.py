@@ -165,7 +165,7 @@ async def told_engine(
     embedder: Told, *, max_queued_texts: int = 20
 ) -> AsyncIterator[tuple[httpx.AsyncClient, EmbeddingService]]:
     service = EmbeddingService(lambda: embedder, max_queued_texts=max_queued_texts)
-    runner = web.AppRunner(EmbedderApi(service).application(), handler_cancellation=True, access_log=None)
+    runner = EmbedderApi(service).runner()
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
