@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
-from backends.chat import Usage
+from backends.chat import Operation, Usage
 
 Capability = Literal["tools", "json_schema", "logprobs", "vision"]
 Task = Literal["chat", "embeddings"]
 """What a model is for: chat and text completions, or embeddings."""
+
+TASKS: Mapping[Operation, Task] = {"chat": "chat", "text_completion": "chat", "embeddings": "embeddings"}
+"""What a model must be for, to be asked for an operation."""
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):

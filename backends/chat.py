@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import msgspec
 
-Operation = Literal["chat", "text_completion"]
+Operation = Literal["chat", "text_completion", "embeddings"]
 """What is asked for, by OpenTelemetry's `gen_ai.operation.name`."""
 
+EncodingFormat = Literal["float", "base64"]
+"""How a vector is written: as numbers, or as float32, little endian, in base64."""
 
 MEDIA_BYTES = 2_800
 """What an image or a sound counts as, whatever its size in the body: some 800 tokens, as a 512 px image takes."""
@@ -74,6 +76,11 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The prompt of a text completion, when it is one string."""
     prompts: int = 1
     """How many prompts a text completion has; each is answered `n` times."""
+    inputs: int = 1
+    """How many texts are to be embedded."""
+    encoding_format: EncodingFormat = "float"
+    dimensions: int | None = None
+    """How long a vector is to be, where the client does not take the model's own."""
     stream: bool = False
     include_usage: bool = False
     n: int = 1
@@ -166,6 +173,8 @@ class Choice(msgspec.Struct, frozen=True):
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One frame of an answer: a chunk of a stream, or the one whole completion of an answer that was not streamed.
+
+    Embeddings are one whole event without choices.
 
     `raw` is OpenAI JSON, complete and parsed once already; `choices` and `usage` are what was read from it.
     """

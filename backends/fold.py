@@ -23,6 +23,7 @@ _ON_EVERY_FRAME = frozenset({"id", "object", "created", "model", "service_tier",
 _OBJECTS: Mapping[Operation, tuple[str, str]] = {
     "chat": ("chat.completion", "chat.completion.chunk"),
     "text_completion": ("text_completion", "text_completion"),
+    "embeddings": ("list", "list"),  # never streamed, so never folded
 }
 
 

@@ -92,7 +92,7 @@ class LlamaCppBackend:
     async def answer(self, call: Call) -> AsyncGenerator[Event, None]:
         """See `Backend.answer`."""
         request = call.request
-        asked = call if request.stream else _as_stream(call)
+        asked = call if request.stream or request.operation == "embeddings" else _as_stream(call)
         telling = None
         if self._template is not None and request.operation == "chat":
             telling = _ChatTelling(call, self.name)

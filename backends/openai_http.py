@@ -20,6 +20,7 @@ import yarl
 from backends.backend import Call, Load
 from backends.catalog import Capability
 from backends.chat import ChatRequest, Event
+from backends.embeddings import read_embeddings
 from backends.errors import (
     BackendError,
     BackendOverloaded,
@@ -101,6 +102,7 @@ class OpenAIBackend:
         self._urls = {
             "chat": yarl.URL(f"{base}/chat/completions").extend_query(query or {}),
             "text_completion": yarl.URL(f"{base}/completions").extend_query(query or {}),
+            "embeddings": yarl.URL(f"{base}/embeddings").extend_query(query or {}),
         }
         self._health_url = yarl.URL(health_url or f"{base}/models").extend_query(query or {})
         if not self._health_url.is_absolute() or self._health_url.scheme not in ("http", "https"):
@@ -336,7 +338,11 @@ class _Exchange:
         body = (self._begins_with + await self._read_body(MAX_ANSWER_BYTES, self._end)).strip()
         if (fault := _fault_of_a_whole(body)) is not None:
             raise self._protocol_error(fault)
-        return self._reader.read_whole(body)
+        if self._call.request.operation != "embeddings":
+            return self._reader.read_whole(body)
+        if b'"embedding"' not in body:
+            self._reader.check_no_error(body)
+        return await read_embeddings(body, self._call, self._backend)
 
     async def next_frames(self) -> list[Frame] | None:
         """The frames that came next; None when the answer is over, by its own word or by the connection's end."""

@@ -226,6 +226,10 @@ class AnswerReader:
             usage=answer.usage.usage() if answer.usage is not None else None,
         )
 
+    def check_no_error(self, raw: bytes) -> None:
+        """Raise what the engine says went wrong, where it says so in the place of an answer."""
+        self._frame(raw)
+
     def closing(self) -> Event | None:
         """The frame of usage that the engine did not send, having told it on frames of choices only."""
         if self._usage is None:

@@ -6,6 +6,8 @@ It keeps the contract of `Backend` to the letter, its clocks and its failures in
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import math
 import re
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Literal
@@ -16,6 +18,7 @@ import msgspec
 from backends.backend import Call, Load
 from backends.catalog import Capability
 from backends.chat import Event, Usage, parse_event
+from backends.embeddings import Input, each_input, to_base64
 from backends.errors import (
     BackendError,
     BackendFailed,
@@ -44,6 +47,9 @@ Fault = Literal[
 
 CREATED = 1_700_000_000
 """`created` of every scripted answer: a script gives the same bytes each time it is played."""
+
+_DIMENSIONS = 8
+"""Of an embedding whose length the client does not choose."""
 
 _WORDS = re.compile(r"\S+\s*|\s+")
 _BYTES_PER_TOKEN = 4
@@ -130,7 +136,7 @@ class ScriptedBackend:
                     frames.append(step)
             if not call.request.stream:
                 self.events += 1
-                yield parse_event(fold(frames, call.request.operation), whole=True)
+                yield parse_event(_whole(call, script, frames), whole=True)
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
@@ -226,6 +232,36 @@ def _failure(script: Script, backend: str, model: str) -> BackendError:
             return BackendProtocolError(message, backend=backend, model=model)
 
 
+def _whole(call: Call, script: Script, frames: list[bytes]) -> bytes:
+    if call.request.operation != "embeddings":
+        return fold(frames, call.request.operation)
+    inputs = each_input(msgspec.json.decode(call.request.fields["input"], type=Input))
+    vectors = [_vector(each, call.request.dimensions or _DIMENSIONS) for each in inputs]
+    usage = _Writer(call, script).usage(0)
+    return msgspec.json.encode(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": to_base64(vector) if call.request.encoding_format == "base64" else vector,
+                }
+                for index, vector in enumerate(vectors)
+            ],
+            "model": call.model,
+            "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens")},
+        }
+    )
+
+
+def _vector(text: str | list[int], dimensions: int) -> list[float]:
+    """Numbers that depend on nothing but the text, in a vector of length 1."""
+    numbers = [byte - 127.5 for byte in hashlib.shake_128(msgspec.json.encode(text)).digest(dimensions)]
+    length = math.hypot(*numbers)
+    return [number / length for number in numbers]
+
+
 class _Writer:
     """Writes the frames of one scripted stream."""
 
@@ -256,9 +292,9 @@ class _Writer:
         ending: dict[str, object] = {"delta": {}} if self._is_chat else {"text": ""}
         yield from self._each({**ending, "finish_reason": finish_reason})
         if self._script.reports_usage:
-            yield self._frame([], usage=self._usage(completion_tokens + len(self._script.reasoning)))
+            yield self._frame([], usage=self.usage(completion_tokens + len(self._script.reasoning)))
 
-    def _usage(self, tokens_per_choice: int) -> dict[str, object]:
+    def usage(self, tokens_per_choice: int) -> dict[str, object]:
         request, script = self._call.request, self._script
         prompt_tokens = script.prompt_tokens
         if prompt_tokens is None:

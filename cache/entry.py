@@ -52,11 +52,12 @@ def load_entry(stored: bytes) -> Entry | None:
     return entry if entry.version == ENTRY_VERSION else None
 
 
-def why_not_stored(completion: bytes, policy: ExactCachePolicy) -> str | None:
+def why_not_stored(completion: bytes, policy: ExactCachePolicy, operation: Operation = "chat") -> str | None:
     """The reason an answer must not be kept, or None where it may.
 
     Only a complete, ordinary answer may: every choice ended by itself, nothing was refused or cut. And only one whose
     every field can be read, since a replay takes it apart: relaying it did not look beyond what Forebay decides on.
+    Embeddings have nothing of this to tell; their backend has seen to it that they are whole.
     """
     if len(completion) > policy.max_entry_bytes:
         return "too_large"
@@ -64,6 +65,8 @@ def why_not_stored(completion: bytes, policy: ExactCachePolicy) -> str | None:
         msgspec.json.decode(completion)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return "unreadable"
+    if operation == "embeddings":
+        return None
     event = parse_event(completion, whole=True)
     if not event.choices:
         return "no_choices"

@@ -18,7 +18,8 @@ class Replay:
 
     def __init__(self, entry: Entry, request: ChatRequest, fresh_id: str) -> None:
         fields = _fields.decode(entry.completion)
-        fields["id"] = msgspec.Raw(msgspec.json.encode(fresh_id))
+        if entry.operation != "embeddings" or "id" in fields:  # OpenAI's have none, vLLM's do
+            fields["id"] = msgspec.Raw(msgspec.json.encode(fresh_id))
         completion = msgspec.json.encode(fields)
         if request.stream:
             frames = unfold(completion, entry.operation, include_usage=request.include_usage)

@@ -297,4 +297,5 @@ class _AttemptsBuilder:
 
 
 def _fresh_completion_id(operation: Operation) -> str:
-    return f"{'chatcmpl' if operation == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
+    prefixes: Mapping[Operation, str] = {"chat": "chatcmpl", "text_completion": "cmpl", "embeddings": "embd"}
+    return f"{prefixes[operation]}-{secrets.token_hex(12)}"

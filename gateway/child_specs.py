@@ -1,4 +1,4 @@
-"""The children that Forebay knows (Valkey, llama.cpp engines, gateway workers) and how each says that it is ready."""
+"""The children that Forebay knows (Valkey, local engines, gateway workers) and how each says that it is ready."""
 
 from __future__ import annotations
 
@@ -90,6 +90,18 @@ def llamacpp_child(
         command=(sys.executable, "-m", "backends.llamacpp_engine", *arguments),
         ready=answers_http("127.0.0.1", port, "/health"),
         ready_within_s=300.0,
+        awaited=False,
+        log_path=log_path,
+    )
+
+
+def embedder_child(name: str, *, port: int, threads: int = 1, log_path: Path | None = None) -> ChildSpec:
+    """Our embedding model at `http://127.0.0.1:<port>/v1`. Nobody waits for it: it answers 503 while it loads."""
+    return ChildSpec(
+        name=name,
+        command=(sys.executable, "-m", "backends.embedder_engine", "--port", str(port), "--threads", str(threads)),
+        ready=answers_http("127.0.0.1", port, "/health"),
+        ready_within_s=120.0,
         awaited=False,
         log_path=log_path,
     )

@@ -25,8 +25,7 @@ from backends.templates import template_fault
 from gateway.children import ChildEvent
 from gateway.cli_keys import AsJson, DataDir, UnclearRequest, keys_app
 from gateway.errors import RequestError
-from gateway.explain import Explanation, explain_request
-from gateway.openai.translate import read_chat
+from gateway.explain import Explanation, explain_request, prompt_body, read_request
 from gateway.processes import AlreadyRunning, CannotListen
 from gateway.serve import Announcement, serve
 from gateway.settings import ENVIRONMENT_PREFIX, ResolvedSettings, SettingError, Settings, resolve_settings, shown
@@ -142,21 +141,20 @@ def explain(
     /,
     *,
     prompt: Annotated[str | None, Parameter(help="What a user would ask.")] = None,
-    request: Annotated[
-        Path | None, Parameter(help="A file with the JSON body of a chat completion; - reads stdin.")
-    ] = None,
+    request: Annotated[Path | None, Parameter(help="A file with the JSON body of a request; - reads stdin.")] = None,
     model: Annotated[str, Parameter(help="Route or model to ask for, with --prompt.")] = "auto",
     json: AsJson = False,
 ) -> int:
     """Say what a policy would do with a request, and why, without calling a model."""
     if (prompt is None) == (request is None):
         return _fail("give exactly one of --prompt TEXT and --request FILE")
+    loaded = load_policy(policy, os.environ, template_fault)
     if prompt is not None:
-        body = msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": prompt}]})
+        body = prompt_body(loaded, model, prompt)
     else:
         assert request is not None  # noqa: S101 - one of the two is given
         body = sys.stdin.buffer.read() if str(request) == "-" else request.read_bytes()
-    explanation = explain_request(load_policy(policy, os.environ, template_fault), read_chat(body))
+    explanation = explain_request(loaded, read_request(loaded, body))
     if json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())
     else:
@@ -264,7 +262,7 @@ Ask again: `x-forebay-cache` turns from miss to exact. From Python (`pip install
   ):
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 
-Models: auto (the policy decides), fast, smart. Health: {url}/readyz  Metrics: {url}/metrics
+Models: auto (the policy decides), fast, smart; minilm at /v1/embeddings. Health: {url}/readyz  Metrics: {url}/metrics
 Stop with Ctrl-C.
 """,
         flush=True,

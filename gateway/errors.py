@@ -80,6 +80,12 @@ class ModelNotAllowed(RequestError):
     code = "model_not_allowed"
 
 
+class WrongTask(RequestError):
+    """A model for chat was asked for embeddings, or the other way round."""
+
+    code = "unsupported_by_model"
+
+
 class AdminForbidden(RequestError):
     status = 403
     code = "role_required"

@@ -7,13 +7,38 @@ import msgspec
 from backends.chat import ChatRequest
 from backends.tokens import BytesPerToken
 from gateway.openai.endpoint import usd
+from gateway.openai.translate import read_chat, read_embeddings
 from gateway.pipeline import DEFAULT_TEMPERATURE
-from gateway.snapshot import UnknownModel, cards
+from gateway.snapshot import UnknownModel, cards, tasks
 from policies.routing_policy import Policy, ThresholdRouteSpec
 from routing.cost import FixedOutputLength, estimate
 from routing.decision import Rejection, Score
 from routing.difficulty import HeuristicScorer
 from routing.router import Router
+
+
+class _Named(msgspec.Struct, frozen=True):
+    model: str = ""
+
+
+def prompt_body(policy: Policy, model: str, prompt: str) -> bytes:
+    """The body of a request that asks `model` for what it is for, about `prompt`."""
+    if _is_for_embeddings(policy, model):
+        return msgspec.json.encode({"model": model, "input": prompt})
+    return msgspec.json.encode({"model": model, "messages": [{"role": "user", "content": prompt}]})
+
+
+def read_request(policy: Policy, body: bytes) -> ChatRequest:
+    """The request in `body`, read as one for what the model it names is for. Raises `RequestError`."""
+    try:
+        model = msgspec.json.decode(body, type=_Named).model
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        model = ""  # reading it in full says what is wrong
+    return read_embeddings(body) if _is_for_embeddings(policy, model) else read_chat(body)
+
+
+def _is_for_embeddings(policy: Policy, model: str) -> bool:
+    return tasks(policy.file).get(model) == "embeddings"
 
 
 class ExplainedCandidate(msgspec.Struct, frozen=True, kw_only=True):

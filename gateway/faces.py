@@ -21,7 +21,7 @@ from gateway.health import Health
 from gateway.openai.endpoint import InferenceEndpoint
 from gateway.openai.models import READ, ModelsEndpoint, echoed
 from gateway.openai.schema import add_hot_routes
-from gateway.openai.translate import read_chat, read_completion
+from gateway.openai.translate import read_chat, read_completion, read_embeddings
 from gateway.pipeline import Pipeline
 from gateway.settings import Settings
 from gateway.snapshot import Snapshot
@@ -104,6 +104,7 @@ def build_app(
         [
             inference("/v1/chat/completions", read_chat),
             inference("/v1/completions", read_completion),
+            inference("/v1/embeddings", read_embeddings),
             *models.handlers(),
             healthz,
             readyz,

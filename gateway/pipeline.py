@@ -18,9 +18,10 @@ from typing import Protocol
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from backends.attempts import AnswerBroke, AttemptsFailed, FailedAttempt, OpenAnswer
-from backends.catalog import ModelCard
+from backends.catalog import TASKS, ModelCard
 from backends.chat import ChatRequest, Event, Operation, Usage
 from backends.errors import BackendProtocolError, BackendTimeout
 from backends.fold import fold
@@ -34,7 +35,7 @@ from cache.replay import Replay
 from cache.semantic import SemanticTier
 from gateway.answer import Answer, CacheVerdict, Head
 from gateway.context import RequestContext
-from gateway.errors import DeadlinePassed, ModelNotAllowed
+from gateway.errors import DeadlinePassed, ModelNotAllowed, WrongTask
 from gateway.snapshot import UnknownModel
 from policies.admission import Admission, Admitted
 from policies.cache_policy import ExactCachePolicy
@@ -243,7 +244,18 @@ class Pipeline:
             raise UnknownModel(request.model, known)
         if not context.tenant.may_use(request.model):
             raise ModelNotAllowed(f"this key may not use '{request.model}'", param="model")
+        self._check_task(context, request)
         return scope
+
+    def _check_task(self, context: RequestContext, request: ChatRequest) -> None:
+        tasks = context.snapshot.tasks
+        wanted = TASKS[request.operation]
+        if tasks[request.model] != wanted:
+            able = [name for name, task in tasks.items() if task == wanted and context.tenant.may_use(name)]
+            raise WrongTask(
+                f"'{request.model}' is for {tasks[request.model]}; for {wanted} there is: {', '.join(able) or 'none'}",
+                param="model",
+            )
 
     def _flight_keys(self, context: RequestContext, request: ChatRequest, key: str | None) -> tuple[str, ...]:
         """The flights this request may join, the first of them its own kind.
@@ -415,7 +427,7 @@ class Pipeline:
                 completion = await anyio.to_thread.run_sync(taken.completion, request)
             else:
                 completion = taken.completion(request)
-            return completion, why_not_stored(completion, policy)
+            return completion, why_not_stored(completion, policy, request.operation)
         except Exception:  # noqa: BLE001 - the answer was given and stands, whatever keeps it from being kept
             return b"", "unreadable"
 
@@ -475,6 +487,8 @@ class _Taken:
         An estimate never exceeds `at_most_tokens`, which is what was reserved.
         """
         if self._told is not None:
+            if self._told.estimated and self._told.prompt_tokens > at_most_tokens:
+                return msgspec.structs.replace(self._told, prompt_tokens=at_most_tokens)
             return self._told
         prompt = min(self._prompt_tokens, at_most_tokens)
         # The best guess without counting is the number of frames with text: engines send about a token in each.

@@ -1,7 +1,7 @@
 """`forebay serve`: the process tree of one host, under one supervisor.
 
 supervisor ─┬─ valkey state, valkey cache     (embedded, where no URL was given)
-            ├─ one llama.cpp engine per local backend of the policy
+            ├─ one llama.cpp engine or embedder per local backend of the policy
             └─ N workers on one listening socket
 """
 
@@ -23,6 +23,7 @@ from backends.templates import template_fault
 from gateway.app import load_root_secret, open_store
 from gateway.child_specs import (
     SocketPathTooLong,
+    embedder_child,
     free_loopback_port,
     llamacpp_child,
     valkey_child,
@@ -34,7 +35,7 @@ from gateway.processes import Supervisor, claimed, listen
 from gateway.settings import ENVIRONMENT_PREFIX, Settings
 from gateway.telemetry.metrics import forget_worker
 from policies.load import load_policy
-from policies.routing_policy import LlamaCppBackendSpec, Policy
+from policies.routing_policy import EmbedderBackendSpec, LlamaCppBackendSpec, Policy
 from policies.secrets import RootSecret
 from policies.store import Store, StoreError
 from policies.tenant import NewKey
@@ -192,11 +193,22 @@ class _Tree:
         specs = []
         for name, backend in self.policy.file.backends.items():
             identity = engine_identity(backend)
-            if identity is not None and isinstance(backend, LlamaCppBackendSpec):
-                port = free_loopback_port()
-                self._engines[name] = Engine(url=f"http://127.0.0.1:{port}/v1", runs=identity)
-                specs.append(self._llamacpp(name, backend, port))
+            if identity is None:
+                continue
+            port = free_loopback_port()
+            match backend:
+                case LlamaCppBackendSpec():
+                    specs.append(self._llamacpp(name, backend, port))
+                case EmbedderBackendSpec():
+                    specs.append(self._embedder(name, backend, port))
+                case _:
+                    continue
+            self._engines[name] = Engine(url=f"http://127.0.0.1:{port}/v1", runs=identity)
         return specs
+
+    def _embedder(self, name: str, backend: EmbedderBackendSpec, port: int) -> ChildSpec:
+        log_path = self._logs / f"engine-{name}.log"
+        return embedder_child(f"engine-{name}", port=port, threads=backend.threads, log_path=log_path)
 
     def _llamacpp(self, name: str, backend: LlamaCppBackendSpec, port: int) -> ChildSpec:
         return llamacpp_child(

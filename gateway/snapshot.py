@@ -10,7 +10,7 @@ import msgspec
 
 from backends.attempts import Attempts, Target
 from backends.backend import Backend, Load, Timeouts
-from backends.catalog import ModelCard, Price
+from backends.catalog import ModelCard, Price, Task
 from backends.chat import ChatRequest
 from cache.key import AnswerScope
 from policies.routing_policy import (
@@ -52,6 +52,8 @@ class Snapshot:
     """By model name."""
     scopes: Mapping[str, AnswerScope]
     """By model or route name: what an exact answer under that name depends on."""
+    tasks: Mapping[str, Task]
+    """By model or route name, routes first: what it is for."""
     router: Router
     balancer: Balancer
     attempts: Attempts
@@ -89,6 +91,7 @@ def compile_snapshot(
         backends=backends,
         replicas={name: _replicas(card, file, backends) for name, card in models.items()},
         scopes=_scopes(file),
+        tasks=tasks(file),
         router=Router(models, file.routes, scorer),
         balancer=balancer,
         attempts=build_attempts(file),
@@ -98,6 +101,15 @@ def compile_snapshot(
 def cards(file: PolicyFile) -> dict[str, ModelCard]:
     """The model cards of a policy, by name."""
     return {name: _card(name, spec) for name, spec in file.models.items()}
+
+
+def tasks(file: PolicyFile) -> dict[str, Task]:
+    """What every route and model of a policy is for; all models of a route are for the same."""
+    of_routes = {
+        name: file.models[route.model if isinstance(route, FixedRouteSpec) else route.small].task
+        for name, route in file.routes.items()
+    }
+    return of_routes | {name: model.task for name, model in file.models.items()}
 
 
 def _card(name: str, spec: ModelSpec) -> ModelCard:

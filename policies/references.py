@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from policies.routing_policy import (
     PATH_FIELDS,
     BackendSpec,
     BackendTimeoutsSpec,
+    EmbedderBackendSpec,
     FixedRouteSpec,
     LlamaCppBackendSpec,
     ModelSpec,
@@ -142,6 +143,7 @@ class _Check:
             self._mistake((*path, "max_output_tokens"), f"exceeds the context window of {model.context_window} tokens")
         for i, name in enumerate(model.backends):
             backend = self._backends.get(name)
+            self._serves_task((*path, "backends", i), name, backend, model)
             if (
                 isinstance(backend, LlamaCppBackendSpec)
                 and backend.weights
@@ -151,15 +153,40 @@ class _Check:
                 message += f"the model promises {model.context_window}"
                 self._warning((*path, "backends", i), message, "raise context_tokens or lower context_window")
 
+    def _serves_task(self, path: Path, name: str, backend: BackendSpec | None, model: ModelSpec) -> None:
+        if isinstance(backend, EmbedderBackendSpec) and model.task != "embeddings":
+            self._mistake(path, f"backend {name!r} makes embeddings only", "add task: embeddings to the model")
+        elif model.task != "embeddings":
+            return
+        elif isinstance(backend, TritonBackendSpec):
+            self._mistake(path, f"backend {name!r} answers chat only", "use kind: openai or kind: embedder")
+        elif isinstance(backend, LlamaCppBackendSpec) and backend.weights:
+            message = f"backend {name!r} is a llama.cpp that Forebay starts, which answers chat only"
+            self._mistake(path, message, "use kind: embedder, or url with a server started with --embeddings")
+
+    def _one_task(self, named: Sequence[tuple[Path, str]]) -> None:
+        """A route is for chat or for embeddings, as its first model is; and vectors of two models do not compare."""
+        models = [(here, name, model) for here, name in named if (model := self._models.get(name)) is not None]
+        for here, name, model in models[1:]:
+            first = models[0][2]
+            if model.task != first.task:
+                message = f"model {name!r} is for {model.task}, {models[0][1]!r} for {first.task}"
+                self._mistake(here, message, "name models for one task in a route")
+            elif model.task == "embeddings" and name != models[0][1]:
+                self._warning(here, "vectors of two models cannot be compared with each other", "name one model only")
+
     def _route(self, path: Path, route: RouteSpec) -> None:
         tried: set[str] = set()
+        named: list[tuple[Path, str]] = []
         match route:
             case FixedRouteSpec():
                 self._known((*path, "model"), route.model, self._models, "model")
                 tried.add(route.model)
+                named.append(((*path, "model"), route.model))
             case ThresholdRouteSpec():
                 for size, name in (("small", route.small), ("large", route.large)):
                     self._known((*path, size), name, self._models, "model")
+                    named.append(((*path, size), name))
                 if route.small == route.large:
                     remedy = "name two models, or use strategy: fixed"
                     self._mistake((*path, "large"), "the same model as 'small'", remedy)
@@ -168,6 +195,8 @@ class _Check:
             if name in tried:
                 self._warning((*path, "fallbacks", i), "is tried already when its turn comes", "remove it")
             tried.add(name)
+            named.append(((*path, "fallbacks", i), name))
+        self._one_task(named)
 
     def _known(self, path: Path, names: str | tuple[str, ...], known: Mapping[str, object], noun: str) -> None:
         one = isinstance(names, str)

@@ -28,7 +28,13 @@ class FixedOutputLength:
 def estimate(
     card: ModelCard, request: ChatRequest, *, tenant_id: str, prompt_tokens: int, lengths: OutputLengths
 ) -> Amounts:
-    """Prompt tokens plus the expected completions, each bounded by what the client and the model allow."""
+    """Prompt tokens plus the expected completions, each bounded by what the client and the model allow.
+
+    Embeddings have no completions.
+    """
+    if request.operation == "embeddings":
+        prompt_only = Usage(prompt_tokens=prompt_tokens)
+        return Amounts(tokens=prompt_tokens, cost_nano_usd=card.price.cost_nano_usd(prompt_only))
     completion = lengths.p95_tokens(tenant_id, card.name)
     for bound in (request.max_tokens, card.max_output_tokens, card.context_window_tokens - prompt_tokens):
         if bound is not None:

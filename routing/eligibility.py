@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.catalog import Capability, ModelCard
+from backends.catalog import TASKS, Capability, ModelCard
 from backends.chat import ChatRequest
 
 CONTEXT_WINDOW = "context_window"
@@ -14,12 +14,15 @@ def why_not(card: ModelCard, request: ChatRequest, prompt_tokens: int) -> str | 
     `prompt_tokens` is an estimate: a model is refused for its window only where the prompt clearly cannot fit, and the
     engine has the last word on what is close.
     """
+    if card.task != TASKS[request.operation]:
+        return f"it is for {card.task}, not for {TASKS[request.operation]}"
     for wanted, capability in _wanted(request):
         if wanted and capability not in card.capabilities:
             return f"it has no {capability}"
-    if prompt_tokens > card.context_window_tokens * _ESTIMATE_SLACK:
+    tokens_at_once = prompt_tokens // request.inputs  # of the average text: each has the window to itself
+    if tokens_at_once > card.context_window_tokens * _ESTIMATE_SLACK:
         return (
-            f"{CONTEXT_WINDOW}: about {prompt_tokens} prompt tokens do not fit its {card.context_window_tokens} tokens"
+            f"{CONTEXT_WINDOW}: about {tokens_at_once} prompt tokens do not fit its {card.context_window_tokens} tokens"
         )
     return None
 

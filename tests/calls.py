@@ -21,6 +21,8 @@ def make_request(operation: Operation = "chat", **fields: Any) -> ChatRequest:
     said: dict[str, Any] = {"model": MODEL}
     if operation == "chat":
         said["messages"] = [{"role": "user", "content": "Say hello."}]
+    elif operation == "embeddings":
+        said["input"] = "Say hello."
     else:
         said["prompt"] = "Say hello."
     said |= fields
@@ -32,6 +34,9 @@ def make_request(operation: Operation = "chat", **fields: Any) -> ChatRequest:
         messages=msgspec.json.decode(msgspec.json.encode(said.get("messages", ())), type=tuple[Message, ...]),
         prompt=said.get("prompt") if isinstance(said.get("prompt"), str) else None,
         prompts=len(said["prompt"]) if isinstance(said.get("prompt"), list) else 1,
+        inputs=len(said["input"]) if isinstance(said.get("input"), list) else 1,
+        encoding_format=said.get("encoding_format", "float"),
+        dimensions=said.get("dimensions"),
         stream=said.get("stream", False),
         include_usage=said.get("stream_options", {}).get("include_usage", False),
         n=said.get("n", 1),

@@ -1,4 +1,4 @@
-"""A real llama.cpp with a real small model, for tests that want no imitation."""
+"""Real engines with real small models, for tests that want no imitation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +19,25 @@ SMOLLM2 = ROOT / ".forebay" / "models" / "smollm2-135m-instruct.gguf"
 @contextmanager
 def llamacpp_server(weights: Path, *, slots: int = 2, context_tokens: int = 512, ready: bool = True) -> Iterator[str]:
     """A llama.cpp server on a free loopback port; its URL up to and including `/v1`."""
+    options = {"--weights": weights, "--slots": slots, "--context-tokens": context_tokens}
+    with _engine("backends.llamacpp_engine", options, ready) as url:
+        yield url
+
+
+@contextmanager
+def embedder_server(*, ready: bool = True) -> Iterator[str]:
+    """Our embedder on a free loopback port; its URL up to and including `/v1`."""
+    with _engine("backends.embedder_engine", {}, ready) as url:
+        yield url
+
+
+@contextmanager
+def _engine(module: str, options: Mapping[str, object], ready: bool) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = {"--weights": weights, "--port": port, "--slots": slots, "--context-tokens": context_tokens}
-    command = [
-        sys.executable,
-        "-m",
-        "backends.llamacpp_engine",
-        *(str(word) for pair in options.items() for word in pair),
-    ]
+    words = [str(word) for pair in {"--port": port, **options}.items() for word in pair]
+    command = [sys.executable, "-m", module, *words]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             if ready:

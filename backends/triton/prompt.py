@@ -53,6 +53,8 @@ class Prompter:
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """The prompt of a request. Raises `FieldRefused`."""
+        if request.operation == "embeddings":
+            raise FieldRefused("input", "this model makes no embeddings")
         return self._completion(request) if request.operation == "text_completion" else self._chat(request)
 
     def _completion(self, request: ChatRequest) -> Prompt:

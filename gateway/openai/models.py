@@ -10,6 +10,7 @@ from litestar import Request, Response, route
 from litestar.enums import HttpMethod
 from litestar.params import FromPath
 
+from backends.catalog import Task
 from gateway.auth import KeyRing
 from gateway.openai.endpoint import may_be_echoed
 from gateway.snapshot import Snapshot, UnknownModel
@@ -29,6 +30,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     owned_by: str
     context_window: int | None = None
     """Tokens; None for a route, whose models may differ."""
+    task: Task
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,7 @@ def echoed(request: Request[Any, Any, Any]) -> dict[str, str]:
 
 def _model(snapshot: Snapshot, name: str) -> Model:
     card = snapshot.models.get(name)
+    task = snapshot.tasks[name]
     if card is None:
-        return Model(id=name, owned_by="forebay")
-    return Model(id=name, owned_by=card.owned_by, context_window=card.context_window_tokens)
+        return Model(id=name, owned_by="forebay", task=task)
+    return Model(id=name, owned_by=card.owned_by, context_window=card.context_window_tokens, task=task)

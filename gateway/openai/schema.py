@@ -18,7 +18,7 @@ from litestar.openapi.spec import (
     Schema,
 )
 
-from gateway.openai.translate import ChatCompletionRequest, CompletionRequest
+from gateway.openai.translate import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 
 _ERRORS = {
     "400": "The request is at fault; the message names the field and the remedy.",
@@ -34,18 +34,19 @@ _ERRORS = {
 
 
 def add_hot_routes(document: OpenAPI) -> None:
-    """Describe `/v1/chat/completions` and `/v1/completions` in `document`."""
+    """Describe `/v1/chat/completions`, `/v1/completions` and `/v1/embeddings` in `document`."""
     paths = document.paths if document.paths is not None else {}
     document.paths = paths
     paths["/v1/chat/completions"] = _path("Create a chat completion", "createChatCompletion", ChatCompletionRequest)
     paths["/v1/completions"] = _path("Create a text completion", "createCompletion", CompletionRequest)
+    paths["/v1/embeddings"] = _path("Create embeddings", "createEmbedding", EmbeddingRequest, streams=False)
 
 
-def _path(summary: str, operation_id: str, body: type[msgspec.Struct]) -> PathItem:
-    answer = {
-        "application/json": OpenAPIMediaType(schema=Schema(type=None, description="The completion, as OpenAI has it.")),
-        "text/event-stream": OpenAPIMediaType(schema=Schema(type=None, description="With `stream`: its chunks.")),
-    }
+def _path(summary: str, operation_id: str, body: type[msgspec.Struct], *, streams: bool = True) -> PathItem:
+    answer = {"application/json": OpenAPIMediaType(schema=Schema(type=None, description="As OpenAI has it."))}
+    if streams:
+        chunks = Schema(type=None, description="With `stream`: its chunks.")
+        answer["text/event-stream"] = OpenAPIMediaType(schema=chunks)
     responses: dict[str, Any] = {"200": OpenAPIResponse(description="The answer.", content=answer)}
     responses |= {status: OpenAPIResponse(description=meaning) for status, meaning in _ERRORS.items()}
     return PathItem(

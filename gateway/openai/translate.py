@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from backends.chat import MEDIA_BYTES, ChatRequest, Message
+from backends.chat import MEDIA_BYTES, ChatRequest, EncodingFormat, Message
+from backends.embeddings import BadInput, Input, each_input
 from gateway.errors import RequestError
 
 
@@ -51,9 +52,20 @@ class CompletionRequest(_Common, frozen=True, kw_only=True):
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
 
 
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `POST /v1/embeddings`, as far as Forebay reads it."""
+
+    model: str
+    input: Input
+    encoding_format: EncodingFormat | None = None
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    stream: bool | None = None
+
+
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _chat = msgspec.json.Decoder(ChatCompletionRequest)
 _completion = msgspec.json.Decoder(CompletionRequest)
+_embedding = msgspec.json.Decoder(EmbeddingRequest)
 
 
 def read_chat(body: bytes) -> ChatRequest:
@@ -96,6 +108,27 @@ def read_completion(body: bytes) -> ChatRequest:
         max_tokens=wire.max_tokens,
         temperature=wire.temperature,
         wants_logprobs=bool(wire.logprobs),
+        size_bytes=len(body),
+    )
+
+
+def read_embeddings(body: bytes) -> ChatRequest:
+    """Read a request for embeddings. Raises `RequestError` naming the field that is wrong."""
+    fields, wire = _read(body, _embedding)
+    try:
+        inputs = each_input(wire.input)
+    except BadInput as bad:
+        raise RequestError(f"'input': {bad}", param="input", code="invalid_value") from None
+    if wire.stream:
+        raise RequestError("'stream': embeddings are not streamed; leave it out", param="stream", code="invalid_value")
+    return ChatRequest(
+        operation="embeddings",
+        model=wire.model,
+        fields=fields,
+        inputs=len(inputs),
+        encoding_format=wire.encoding_format or "float",
+        dimensions=wire.dimensions,
+        temperature=0.0,  # nothing is sampled
         size_bytes=len(body),
     )
 

@@ -18,7 +18,7 @@ from tests.cache.entries import completion, entry
 COUNTS = st.integers(0, 2**63)
 ENTRIES = st.builds(
     Entry,
-    operation=st.sampled_from(["chat", "text_completion"]),
+    operation=st.sampled_from(["chat", "text_completion", "embeddings"]),
     model=st.text(),
     completion=st.binary(),
     usage=st.builds(
@@ -111,6 +111,14 @@ def test_what_a_policy_or_an_operation_makes_of_an_answer(
     operation: Operation, choice: dict[str, Any], reason: str | None
 ) -> None:
     assert why_not_stored(completion(operation, **choice), ExactCachePolicy(store_tool_calls=True)) == reason
+
+
+def test_embeddings_have_no_choices_and_are_kept_up_to_the_same_size() -> None:
+    answer = b'{"object":"list","data":[{"object":"embedding","index":0,"embedding":[1.0]}]}'
+
+    assert why_not_stored(answer, ExactCachePolicy(), "embeddings") is None
+    assert why_not_stored(answer, ExactCachePolicy(max_entry_bytes=20), "embeddings") == "too_large"
+    assert why_not_stored(answer[:-1], ExactCachePolicy(), "embeddings") == "unreadable"
 
 
 @pytest.mark.parametrize("odd", [b"1e400", b"[" * 5000 + b"]" * 5000])

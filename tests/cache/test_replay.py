@@ -54,6 +54,13 @@ async def test_one_body_is_the_answer_under_a_fresh_id(choice: dict[str, Any]) -
     assert msgspec.json.decode(event.raw) == {**kept(choice=choice), "id": "chatcmpl-fresh"}
 
 
+async def test_embeddings_get_a_fresh_id_only_where_they_had_one() -> None:
+    answer = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": "AACAPw=="}], "model": "m"}
+    for extra, fresh in (({}, {}), ({"id": "embd-1"}, {"id": "chatcmpl-fresh"})):
+        [event] = await replayed(answer | extra, "embeddings")
+        assert msgspec.json.decode(event.raw) == answer | fresh
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("include_usage", [True, False])
 async def test_a_stream_adds_up_to_the_answer(choice: dict[str, Any], include_usage: bool) -> None:

@@ -26,6 +26,10 @@ for await (const chunk of await client.chat.completions.create({ model: "fast", 
 const helper = client.chat.completions.stream({ model: "fast", messages, seed: 1 });
 said.helper = await helper.finalContent();
 
+const vector = async (options) => (await client.embeddings.create({ model: "vectors", input: ["a", "b"], ...options })).data
+  .map((item) => Array.from(item.embedding));
+said.embeddings = { packed: await vector(), numbers: await vector({ encoding_format: "float" }) };
+
 said.models = [];
 for await (const model of client.models.list()) said.models.push(model.id);
 

@@ -14,7 +14,7 @@ import pytest
 
 from backends.backend import Call
 from backends.scripted import Script
-from tests.world import open_world
+from tests.world import POLICY, open_world
 
 SDK = "openai@7.55.0"
 FOLDER = Path(__file__).parents[2] / ".forebay" / "js"
@@ -36,14 +36,19 @@ def sdk_folder() -> Path:
     return FOLDER
 
 
+WITH_VECTORS = POLICY.replace("models:", "  vectors-1: {kind: scripted}\nmodels:").replace(
+    "routes:", "  vectors: {backends: [vectors-1], task: embeddings, context_window: 256}\nroutes:"
+)
+
+
 def script(call: Call) -> Script:
     """Answers at once, but one request, by its seed, with more than anybody would wait for."""
     return Script(tokens=("word ",) * 10_000, token_delay_s=0.005) if call.request.seed == 2 else Script()
 
 
-async def test_the_sdk_chats_streams_lists_fails_and_leaves_as_it_should(sdk_folder: Path) -> None:
+async def test_the_sdk_chats_streams_embeds_lists_fails_and_leaves_as_it_should(sdk_folder: Path) -> None:
     breaks = Script(tokens=("One ", "two ", "three."), fault="truncate", fault_after_tokens=2)
-    async with open_world(small=script, large=breaks) as world:
+    async with open_world(small=script, large=breaks, policy=WITH_VECTORS) as world:
         with anyio.fail_after(60):
             done = await anyio.run_process(
                 ["node", str(PROGRAM), world.url, world.key.key],
@@ -60,7 +65,10 @@ async def test_the_sdk_chats_streams_lists_fails_and_leaves_as_it_should(sdk_fol
     *content, last = said["stream"]
     assert "".join(c["choices"][0]["delta"].get("content") or "" for c in content) == "This is a scripted answer."
     assert last["usage"] == said["chat"]["usage"]
-    assert said["models"] == ["auto", "fast", "smart", "small", "large"]
+    assert said["models"] == ["auto", "fast", "smart", "small", "large", "vectors"]
+    assert len(said["embeddings"]["packed"]) == 2
+    for packed, numbers in zip(*said["embeddings"].values(), strict=True):
+        assert packed == pytest.approx(numbers, abs=1e-7)
     assert said["error"]["class"] == "NotFoundError"
     assert (said["error"]["status"], said["error"]["code"], said["error"]["param"]) == (404, "model_not_found", "model")
     assert said["error"]["requestId"].startswith("req_")

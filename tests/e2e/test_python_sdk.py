@@ -181,7 +181,7 @@ async def test_errors_are_the_sdks_own_with_code_field_and_request_id(world: Wor
         async with sdk(world, limited) as restricted:
             await restricted.chat.completions.create(model="large", messages=HELLO)
     with pytest.raises(openai.NotFoundError) as unsupported:
-        await client.embeddings.create(model="small", input="x")
+        await client.moderations.create(model="small", input="x")
 
     codes = [raised.value.code for raised in (not_found, bad, wrong_key, denied, unsupported)]
     assert codes == ["model_not_found", "invalid_value", "invalid_api_key", "model_not_allowed", "not_found"]

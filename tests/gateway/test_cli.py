@@ -206,3 +206,23 @@ def test_a_variable_that_names_no_setting_is_noted_unless_the_policy_uses_it(
     assert "FOREBAY_COLOUR_OF_THE_BOX names no setting\n" in noted.err
     assert "FOREBAY_ANSWER" not in noted.err
     assert (noted.status, "Cannot listen on 192.0.2.1" in noted.err) == (1, True)
+
+
+def test_a_model_for_embeddings_is_explained_as_one(run: Run, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    vectors = "  vectors: {backends: [played], task: embeddings, context_window: 256, price: {input: 1}}\nroutes:"
+    policy.write_text(POLICY.replace("routes:", vectors))
+    request = tmp_path / "request.json"
+    request.write_bytes(b'{"model": "vectors", "input": ["one", "two"]}')
+
+    by_prompt = run("explain", str(policy), "--model", "vectors", "--prompt", "hello", "--json").json
+    by_request = run("explain", str(policy), "--request", str(request), "--json").json
+    for explained in (by_prompt, by_request):
+        [candidate] = explained["candidates"]
+        assert candidate["model"] == "vectors"
+        assert candidate["reserved_tokens"] == explained["prompt_tokens"] > 0
+
+    request.write_bytes(b'{"model": "vectors", "messages": [{"role": "user", "content": "hi"}]}')
+    wrong = run("explain", str(policy), "--request", str(request))
+    assert wrong.status == 2
+    assert "input" in wrong.err

@@ -250,7 +250,7 @@ async def test_a_capability_that_no_candidate_has_is_named(world: World) -> None
     assert "vision" in error_of(response)["message"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/nope", "/v1/embeddings", "/v1/responses", "/v1/chat", "/admin/v1/x"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/no", "/v1/moderations", "/v1/responses", "/v1/chat", "/admin/v1/x"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_unknown_address_has_the_envelope_too(world: World, method: str, path: str) -> None:
     response = await world.client.request(method, path, headers=world.headers())

@@ -40,6 +40,73 @@ def load(folder: Path, near: str, far: str) -> None:
     load_policy(path, {"URL": far})
 
 
+TASKS = """\
+name: tasks
+backends:
+  any: {kind: openai, url: "http://127.0.0.1:8000/v1"}
+  own: {kind: embedder}
+  far: {kind: llamacpp, url: "http://127.0.0.1:8001/v1"}
+  near: {kind: llamacpp, weights: w.gguf}
+  triton: {kind: triton, url: "grpc://h:8001", model: ensemble}
+models:
+  chat: {backends: [any, far, near, triton], context_window: 2048}
+  vectors: {backends: [any, own, far], context_window: 256, task: embeddings}
+  others: {backends: [any], context_window: 256, task: embeddings}
+routes:
+  r: {strategy: fixed, model: vectors}
+"""
+
+
+def load_tasks(folder: Path, *changes: tuple[str, str]) -> tuple[str, ...]:
+    """The warnings of that policy, changed."""
+    text = TASKS
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "w.gguf").touch()
+    (folder / "policy.yaml").write_text(text)
+    warnings = load_policy(folder / "policy.yaml", {}).warnings
+    return tuple(f"{warning.path}: {warning.message}" for warning in warnings)
+
+
+def test_models_for_embeddings_stand_on_engines_that_make_them(tmp_path: Path) -> None:
+    assert load_tasks(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "message"),
+    [
+        (("far, near, triton]", "far, near, triton, own]"), "models.chat.backends[4]", "'own' makes embeddings only"),
+        (("[any, own, far]", "[any, near]"), "models.vectors.backends[1]", "answers chat only"),
+        (("[any, own, far]", "[triton]"), "models.vectors.backends[0]", "'triton' answers chat only"),
+        (
+            ("model: vectors", "model: chat, fallbacks: [vectors]"),
+            "routes.r.fallbacks[0]",
+            "'vectors' is for embeddings",
+        ),
+        (("model: vectors", "model: vectors, fallbacks: [chat]"), "routes.r.fallbacks[0]", "'chat' is for chat, 'vec"),
+        (
+            ("{strategy: fixed, model: vectors}", "{strategy: threshold, small: chat, large: others}"),
+            "routes.r.large",
+            "'others' is for embeddings, 'chat' for chat",
+        ),
+    ],
+)
+def test_a_model_and_a_route_are_for_one_task(tmp_path: Path, change: tuple[str, str], path: str, message: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        load_tasks(tmp_path, change)
+
+    (mistake,) = refused.value.mistakes
+    assert mistake.path == path
+    assert message in mistake.message
+    assert mistake.remedy
+
+
+def test_falling_back_to_another_models_vectors_is_warned_of(tmp_path: Path) -> None:
+    [warning] = load_tasks(tmp_path, ("model: vectors", "model: vectors, fallbacks: [others]"))
+    assert warning == "routes.r.fallbacks[0]: vectors of two models cannot be compared with each other"
+
+
 @pytest.mark.parametrize("url", NOWHERE)
 def test_a_url_that_names_no_server_is_a_mistake_with_its_place(tmp_path: Path, url: str) -> None:
     with pytest.raises(PolicyError) as refused:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from backends.chat import ChatRequest
 from cache.key import EXCLUDED, AnswerScope, UnreadableField, canonical_request, exact_key
-from gateway.openai.translate import read_chat, read_completion
+from gateway.openai.translate import read_chat, read_completion, read_embeddings
 from policies.tenant import Tenant
 from tests.calls import make_request
 
@@ -250,6 +250,21 @@ def test_what_stands_in_the_scope_cannot_be_moved_into_the_request(name: str, te
     scopes = [AnswerScope(name=name + text, settings_digest=""), AnswerScope(name=name, settings_digest=text)]
 
     assert len({exact_key(TENANT, b"[]", scope) for scope in scopes}) == (2 if text else 1)
+
+
+def test_how_vectors_are_written_and_how_long_they_are_makes_another_answer() -> None:
+    bodies = [
+        b'{"model":"m","input":"a"}',
+        b'{"model":"m","input":["a"]}',
+        b'{"model":"m","input":"a","encoding_format":"base64"}',
+        b'{"model":"m","input":"a","dimensions":3}',
+        b'{"model":"m","input":[1]}',
+        b'{"model":"m","input":"b"}',
+    ]
+    assert len({canonical_request(read_embeddings(body)) for body in bodies}) == len(bodies)
+    assert canonical_request(read_embeddings(bodies[0][:-1] + b',"user":"u"}')) == canonical_request(
+        read_embeddings(bodies[0])
+    )
 
 
 def test_a_chat_is_no_text_completion() -> None:

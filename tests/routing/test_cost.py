@@ -25,6 +25,14 @@ def price(input_: int = 0, output: int = 0, cached: int | None = None) -> Price:
     return Price(input_nano_usd_per_1m=input_, output_nano_usd_per_1m=output, cached_input_nano_usd_per_1m=cached)
 
 
+def test_embeddings_reserve_their_prompt_and_nothing_else() -> None:
+    card = ModelCard(name="m", price=price(1_000_000, 5_000_000), context_window_tokens=256, task="embeddings")
+    request = make_request("embeddings", input=["a", "b"])
+
+    claim = estimate(card, request, tenant_id="t", prompt_tokens=9, lengths=FixedOutputLength())
+    assert claim == Amounts(tokens=9, cost_nano_usd=9)
+
+
 @given(PRICES, PRICES, st.none() | PRICES, TOKENS, TOKENS, TOKENS)
 def test_a_cost_is_the_exact_one_rounded_up_to_the_nano_dollar(
     input_: int, output: int, cached_price: int | None, prompt: int, completion: int, cached: int

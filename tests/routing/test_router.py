@@ -110,6 +110,31 @@ def test_a_model_is_refused_only_for_a_prompt_that_clearly_does_not_fit() -> Non
     assert rejection.reason == "context_window: about 1251 prompt tokens do not fit its 1000 tokens"
 
 
+VECTORS = ModelCard(name="vectors", context_window_tokens=256, task="embeddings")
+
+
+def test_a_model_answers_only_what_it_is_for() -> None:
+    router = Router({**CARDS, "vectors": VECTORS}, ROUTES, Scored())
+    assert names(router.route(make_request("embeddings", model="vectors"), prompt_tokens=5)) == ["vectors"]
+
+    for operation, model, says in (
+        ("chat", "vectors", "it is for embeddings, not for chat"),
+        ("text_completion", "vectors", "it is for embeddings, not for chat"),
+        ("embeddings", "small", "it is for chat, not for embeddings"),
+    ):
+        with pytest.raises(NoEligibleModel) as refused:
+            router.route(make_request(operation, model=model), prompt_tokens=5)  # type: ignore[arg-type]
+        assert [one.reason for one in refused.value.rejected] == [says]
+
+
+def test_each_of_many_texts_has_the_window_to_itself() -> None:
+    router = Router({"vectors": VECTORS}, {}, Scored())
+    many = make_request("embeddings", model="vectors", input=["a"] * 10)
+    assert names(router.route(many, prompt_tokens=3200)) == ["vectors"]
+    with pytest.raises(NoEligibleModel, match="context_window: about 321 prompt tokens do not fit"):
+        router.route(many, prompt_tokens=3210)
+
+
 @pytest.mark.parametrize("model", ["small", "only"])
 def test_where_no_model_can_every_reason_is_named(model: str) -> None:
     with pytest.raises(NoEligibleModel) as refused:
