@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from backends.backend import Call
-from backends.chat import Choice, Delta, Event, Usage, WireUsage, parse_event
+from backends.chat import Choice, Delta, Event, WireUsage, parse_event
 from backends.errors import BackendError, BackendFailed, BackendOverloaded, BackendProtocolError
 from backends.openai_errors import error_by_cause, read_error
 
@@ -105,6 +105,7 @@ class _CleanFrame(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     usage: None = None
     service_tier: _Tier | None = None
+    system_fingerprint: str | None = None
     error: None = None
     x_groq: None = None
 
@@ -137,7 +138,7 @@ class _WholeText(Choice, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "content_filter"]
 
 
-class _CleanUsage(WireUsage, frozen=True, kw_only=True):
+class _ToldUsage(WireUsage, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -146,13 +147,98 @@ class _CleanUsage(WireUsage, frozen=True, kw_only=True):
 class _CleanWhole(_CleanFrame, frozen=True, kw_only=True):
     object: Literal["chat.completion"]
     choices: Annotated[tuple[_WholeChoice, ...], msgspec.Meta(min_length=1)]
-    usage: _CleanUsage | None = None  # type: ignore[assignment]
+    usage: _ToldUsage | None = None  # type: ignore[assignment]
 
 
 class _CleanWholeText(_CleanFrame, frozen=True, kw_only=True):
     object: Literal["text_completion"]
     choices: Annotated[tuple[_WholeText, ...], msgspec.Meta(min_length=1)]
-    usage: _CleanUsage | None = None  # type: ignore[assignment]
+    usage: _ToldUsage | None = None  # type: ignore[assignment]
+
+
+class _ToldFunction(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToldToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: _ToldFunction | None = None
+
+
+class _WholeFunction(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+
+
+class _WholeToolCall(msgspec.Struct, frozen=True):
+    """A call of a function; of other kinds only these fields are known here."""
+
+    id: str
+    type: str
+    function: _WholeFunction | None = None
+
+
+class _ToldDelta(msgspec.Struct, frozen=True):
+    role: Literal["assistant", "developer", "system", "tool", "user"] | None = None
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: tuple[_ToldToolCall, ...] | None = None
+
+
+class _ToldMessage(msgspec.Struct, frozen=True, kw_only=True):
+    role: Literal["assistant"]
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: tuple[_WholeToolCall, ...] | None = None
+
+
+_ChatReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+_TextReason = Literal["stop", "length", "content_filter"]
+
+
+class _ToldChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    delta: _ToldDelta
+    finish_reason: _ChatReason | None = None
+
+
+class _ToldText(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    finish_reason: _TextReason | None = None
+
+
+class _ToldWholeChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    message: _ToldMessage
+    finish_reason: _ChatReason
+
+
+class _Told(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frame must be after it was put right: what has no place in OpenAI's types is an error."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    usage: _ToldUsage | None = None
+    service_tier: _Tier | None = None
+    system_fingerprint: str | None = None
+
+
+class _ToldChunk(_Told, frozen=True, kw_only=True):
+    choices: tuple[_ToldChoice, ...]
+
+
+class _ToldTextChunk(_Told, frozen=True, kw_only=True):
+    choices: tuple[_ToldText, ...]
+
+
+class _ToldWhole(_Told, frozen=True, kw_only=True):
+    choices: tuple[_ToldWholeChoice, ...]
 
 
 _clean_chunks = msgspec.json.Decoder(_CleanChunk)
@@ -245,7 +331,7 @@ class AnswerReader:
     def _read_with_care(self, raw: bytes) -> Event | None:
         frame = self._frame(raw)
         choices = self._objects(frame.get("choices"), "choices")
-        usage = _usage(frame, choices)
+        usage = self._usage_in(frame, choices)
         if not choices and usage is None:
             # Azure begins with what it found in the prompt: that is told on the frame that opens the first choice.
             if "choices" in frame and not self.begun:
@@ -267,7 +353,7 @@ class AnswerReader:
                 told["usage"] = None
         event = self._event(raw, frame, told)
         if usage is not None and event.usage is None:
-            event = msgspec.structs.replace(event, usage=_read_usage(usage))
+            event = msgspec.structs.replace(event, usage=msgspec.convert(usage, WireUsage).usage())
         return event
 
     def _read_whole_with_care(self, raw: bytes) -> Event:
@@ -281,7 +367,7 @@ class AnswerReader:
             "object": "chat.completion" if self._chat else "text_completion",
             "choices": [self._whole_choice(position, choice) for position, choice in enumerate(choices)],
         }
-        usage = _usage(answer, choices)
+        usage = self._usage_in(answer, choices)
         if usage is not None or "usage" in told:
             told["usage"] = usage
         return self._event(raw, answer, told, whole=True)
@@ -302,7 +388,9 @@ class AnswerReader:
         return frame
 
     def _event(self, raw: bytes, frame: Json, told: Json, *, whole: bool = False) -> Event:
+        kind = (_ToldWhole if whole else _ToldChunk) if self._chat else _ToldTextChunk
         try:
+            msgspec.convert(told, kind)
             return parse_event(raw if told == frame else msgspec.json.encode(told), whole=whole)
         except msgspec.DecodeError as error:
             raise self._unreadable(error) from error
@@ -321,7 +409,8 @@ class AnswerReader:
             "created": int(created) if isinstance(created, int | float) and created else int(self._now()),
             "model": self._model,
         }
-        if frame.get("service_tier") is not None and frame["service_tier"] not in _SERVICE_TIERS:
+        tier = frame.get("service_tier")
+        if tier is not None and not (isinstance(tier, str) and tier in _SERVICE_TIERS):
             head["service_tier"] = None
         return head
 
@@ -358,7 +447,7 @@ class AnswerReader:
         told = _said(delta or {})
         role = told.get("role")
         if index not in self.begun:
-            told = {"role": role, **told, **({} if role in _ROLES else {"role": "assistant"})}
+            told["role"] = role if isinstance(role, str) and role in _ROLES else "assistant"
         elif role is not None:
             del told["role"]
         if told.get("tool_calls"):
@@ -387,6 +476,21 @@ class AnswerReader:
         if reason == "stop" and calls and not self._forces_a_tool:
             reason = "tool_calls"
         return told | _ending(choice, reason)
+
+    def _usage_in(self, frame: Json, choices: Sequence[Json]) -> Json | None:
+        """What a frame says of usage, complete; None where it says nothing of it."""
+        usage = _found_usage(frame, choices)
+        if usage is None:
+            return None
+        prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+        try:
+            total = usage.get("total_tokens")
+            told = {**usage, "prompt_tokens": prompt, "completion_tokens": completion}
+            told["total_tokens"] = prompt + completion if total is None else total
+            msgspec.convert(told, _ToldUsage)
+        except (TypeError, msgspec.ValidationError) as error:
+            raise self._unreadable(error) from error
+        return told
 
     def _index(self, position: int, choice: Json) -> int:
         """TGI once counted tokens where choices are counted."""
@@ -553,8 +657,8 @@ def _ending(choice: Json, reason: str) -> Json:
     return {"finish_reason": reason, "native_finish_reason": choice.get("native_finish_reason", said)}
 
 
-def _usage(frame: Json, choices: Sequence[Json]) -> Json | None:
-    """What a frame says of usage, wherever the engine puts it (Groq: `x_groq`, Moonshot: the choice), complete."""
+def _found_usage(frame: Json, choices: Sequence[Json]) -> Json | None:
+    """What a frame says of usage, wherever the engine puts it: Groq in `x_groq`, Moonshot in the choice."""
     groq = frame.get("x_groq")
     places = (
         frame.get("usage"),
@@ -562,16 +666,9 @@ def _usage(frame: Json, choices: Sequence[Json]) -> Json | None:
         *(c.get("usage") for c in choices),
     )
     for usage in places:
-        if isinstance(usage, dict) and (usage.get("prompt_tokens") or usage.get("completion_tokens")) is not None:
-            prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-            total = usage.get("total_tokens")
-            counts = {"prompt_tokens": prompt, "completion_tokens": completion}
-            return {**usage, **counts, "total_tokens": prompt + completion if total is None else total}
+        if isinstance(usage, dict) and not (usage.get("prompt_tokens") is usage.get("completion_tokens") is None):
+            return usage
     return None
-
-
-def _read_usage(usage: Json) -> Usage:
-    return msgspec.convert(usage, WireUsage).usage()
 
 
 def _asks_for_usage_throughout(call: Call) -> bool:

@@ -77,7 +77,7 @@ class OpenAIBackendSpec(_Spec, frozen=True, tag_field="kind", tag="openai"):
     metrics_url: Url | None = None
     """Prometheus metrics of the engine (vLLM, TGI, SGLang, llama.cpp, trtllm-serve), read for balancing."""
     max_connections: Count | None = None
-    """Open connections per worker; a call that finds none free waits for one within its connect time."""
+    """Connections per worker that calls use; one that finds none free waits for it within its connect time."""
     max_concurrent: Count | None = None
     """Calls in flight per worker; more are refused at once (and fall back where the route says so)."""
     max_n: Count | None = None

@@ -148,6 +148,20 @@ async def test_a_call_that_finds_no_connection_free_in_time_is_overload_and_no_f
     await backend.aclose()
 
 
+async def test_a_call_cancelled_at_any_step_gives_its_connection_back(upstream: Upstream) -> None:
+    backend = OpenAIBackend("a", upstream.url, max_connections=1)
+    upstream.plays(*sse(*ANSWER))
+    for steps in range(40):
+        calls = [asyncio.get_running_loop().create_task(collect(backend, make_call(stream=True))) for _ in range(2)]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        assert texts_of(await collect(backend, make_call(stream=True, timeouts=Timeouts(connect_s=0.5)))) == ["Hello"]
+    await backend.aclose()
+
+
 async def test_closing_the_backend_fails_a_call_that_waits_for_a_connection(upstream: Upstream) -> None:
     backend = OpenAIBackend("a", upstream.url, max_connections=1)
     upstream.plays(Hang())
