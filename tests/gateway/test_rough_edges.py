@@ -147,7 +147,7 @@ async def test_a_text_completion_from_the_cache_has_an_id_of_its_kind() -> None:
 async def test_a_backends_own_clocks_leave_the_policys_others_in_force() -> None:
     own = POLICY.replace("small-1: {kind: scripted}", "small-1: {kind: scripted, timeouts: {first_token: 90s}}")
     async with open_world(policy=own + "timeouts: {connect: 5s, idle: 120s, total: 1000s}\n") as world:
-        clocks = world.gateway.watch.current.compiled.timeouts["small-1"]
+        clocks = world.gateway.watch.current.compiled.replicas["small"].targets[0].timeouts
 
         assert (clocks.connect_s, clocks.first_token_s, clocks.idle_s, clocks.total_s) == (5.0, 90.0, 120.0, 1000.0)
 
