@@ -267,8 +267,8 @@ class LoadSignals:
 
     `run` polls `page` every `every_s` seconds, a page that fails less and less often; `load` says what is known then
     and there. A reading is unknown once it is `stale_after_s` old. `in_flight` counts the calls of this worker that the
-    engine may know of. `note` is told once per change whether the page can be read, and why not; at first it counts as
-    if it could.
+    engine may know of. `note` is told once per change whether the load is known, and why not; at first it counts as if
+    it were.
     """
 
     def __init__(
@@ -313,25 +313,26 @@ class LoadSignals:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        failures = 0
+        failures, known_at = 0, self._clock()
         while True:
             try:
-                # Half a turn: who shares the page finds what the other has just fetched.
-                text = await self._page.text(max_age_s=self._every_s / 2)
-                self._take(read_signals(text, model=self._model))
+                await self._poll()
+                failures, known_at = 0, self._clock()
+                self._changed(True, "")
             except MetricsUnreadable as error:
-                self._changed(False, str(error))
-            failures = 0 if self._readable else min(failures + 1, 16)
+                failures = min(failures + 1, 16)
+                if self._clock() - known_at >= self._stale_after_s:
+                    self._changed(False, str(error))
             await self._sleep(max(self._every_s, min(self._every_s * 2**failures, POLL_AT_MOST_EVERY_S)))
 
-    def _take(self, signals: EngineSignals) -> None:
+    async def _poll(self) -> None:
+        # Half a turn: who shares the page finds what the other has just fetched.
+        signals = read_signals(await self._page.text(max_age_s=self._every_s / 2), model=self._model)
         if not signals.says_anything:
-            self._changed(False, "it has no metric of a load that we know")
-            return
+            raise MetricsUnreadable("it has no metric of a load that we know")
         self._signals = signals
         self._read_at = self._clock()
         self._in_flight_then = self._in_flight()
-        self._changed(True, "")
 
     def _changed(self, readable: bool, why: str) -> None:
         if readable is not self._readable:

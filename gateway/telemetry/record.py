@@ -132,10 +132,10 @@ class Record:
                     gauge.labels(name).set(math.nan if value is None else value)
         self._loads = dict(loads)
 
-    def engine_metrics_changed(self, backend: str, readable: bool, why: str) -> None:
-        """An engine's load can be read, or can not any more: one line per change."""
-        if readable:
-            self._log.info("engine load readable again", backend=backend)
+    def engine_metrics_changed(self, backend: str, known: bool, why: str) -> None:
+        """An engine's load is known, or is not any more: one line per change."""
+        if known:
+            self._log.info("engine load known again", backend=backend)
         else:
             self._log.warning("engine load unknown", backend=backend, cause=why)
 

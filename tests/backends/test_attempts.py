@@ -399,14 +399,14 @@ async def test_a_probe_whose_client_leaves_while_it_waits_for_a_place_lets_the_n
 
 
 async def test_the_first_word_of_a_stream_tells_how_fast_a_backend_is_and_a_whole_answer_does_not() -> None:
-    trial = Trial({"a": Script(first_token_delay_s=0.03, token_delay_s=0.2), "b": Script(first_token_delay_s=0.03)})
+    trial = Trial({"a": Script(first_token_delay_s=0.03, token_delay_s=0.03), "b": Script(first_token_delay_s=0.03)})
 
     await trial.ask("small@a")
     await trial.ask("small@b", stream=False)
 
     first_token_s, unknown = trial.first_tokens.among(["a", "b"])
     assert first_token_s is not None
-    assert 0.02 <= first_token_s < 0.2
+    assert 0.02 < first_token_s < 0.06  # uvloop rounds sleeps to whole milliseconds
     assert unknown is None
 
 

@@ -271,7 +271,7 @@ async def test_a_page_that_fails_makes_the_reading_old_then_unknown_and_is_noted
     assert unknown == Load()
     assert backed_off == [0.5, 1, 2, 4, 8, 10, 10, 10, 10]
     assert (again.queued, again.age_s, time.slept[-1]) == (3, 0.0, 0.5)
-    assert notes == [(False, "HTTP 503"), (True, "")]
+    assert notes == [(False, "no answer within 0.1 s"), (True, "")]
 
 
 async def test_a_page_that_is_larger_than_the_limit_is_read_up_to_its_last_whole_line(unused_tcp_port: int) -> None:

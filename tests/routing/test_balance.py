@@ -149,9 +149,9 @@ def test_affinity_never_takes_a_replica_above_its_bound(house: House, affinity: 
     first = house.first(affinity)
     calls = {name: calls_under_way(replica.said) for name, replica in house.replica.items()}
     weights = dict(zip(house.replica, house.balancer._state(house.replicas, house.replicas.everyone)[1], strict=True))
-    level = (sum(calls.values()) + 1) / sum(1 / weight for weight in weights.values())
+    level = (sum(calls.values()) + 1) / sum(1 / weight**2 for weight in weights.values())
 
-    assert calls[first] + 1 <= math.ceil(BOUND * level / weights[first] * (1 + 1e-9))
+    assert calls[first] < math.ceil(BOUND * level / weights[first] ** 2 * (1 + 1e-9))
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=9), position)
@@ -283,7 +283,14 @@ def test_the_busiest_of_many_is_never_chosen_and_the_idlest_most_often() -> None
 
 
 def test_calls_that_others_sent_count_as_far_as_the_engine_said_so() -> None:
-    house = House("ab", {"a": Load(in_flight=2), "b": Load(in_flight=1, queued=1, running=2, in_flight_then=1)})
+    house = House("ab", {"a": Load(in_flight=2), "b": Load(in_flight=1, queued=1, running=3, in_flight_then=1)})
+    assert house.shares()["a"] == 1
+
+
+def test_calls_of_others_count_half_since_many_of_them_have_ended_meanwhile() -> None:
+    house = House("ab", {"a": Load(in_flight=2), "b": Load(queued=1, running=2)})
+    assert house.shares()["b"] == 1
+    house.replica["b"].said = Load(queued=2, running=3)
     assert house.shares()["a"] == 1
 
 
