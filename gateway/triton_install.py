@@ -30,6 +30,8 @@ Report = Callable[[str], None]
 CONSTRAINTS = Path(__file__).parents[1] / "deploy" / "triton" / "constraints.txt"
 """The exact version of everything that is installed."""
 
+_LAUNCH = Path(__file__).with_name("triton_launch.py")
+
 _SERVER_PACKAGES = ("nvidia-pytriton",)
 _MODEL_PACKAGES = ("numpy", "xllamacpp")
 _DOWNLOAD_BYTES = 108_000_000
@@ -38,8 +40,14 @@ _DOWNLOAD_BYTES = 108_000_000
 _GLIBC = (2, 35)
 """The oldest C library that the server is built for: its wheel is manylinux_2_35."""
 
+_PYTHON_TOO_NEW = (3, 13)
+"""The Python backend is built for numpy 1 and dies of numpy 2; numpy 1.26 has wheels up to Python 3.12."""
+
 _STUB_SHARED_MEMORY_BYTES = 4 << 20
 """What each process of a model takes of /dev/shm at first; Triton's own default is 1 MiB, and it grows when needed."""
+
+_ENDS_WITHIN_S = 10
+"""How long a server that is asked to end waits for answers under way; Triton's own default is 30."""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory is on Linux
 
@@ -50,8 +58,8 @@ class TritonUnavailable(Exception):
     """Triton could not be installed here; the message says why and what to do."""
 
 
-class SystemTooOld(TritonUnavailable):
-    """This operating system, or its C library, is none that the server's only build runs on."""
+class SystemUnsupported(TritonUnavailable):
+    """The server's only build does not run on this operating system, C library or Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class TritonCommand:
-    """How to start a server: SIGTERM ends it within seconds, and SIGKILL ends the models' processes as well."""
+    """How to start a server. However it ends, its models' processes and shared memory are gone a second later."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -107,7 +115,7 @@ def triton_command(
     Models can be loaded, reloaded and unloaded while it runs. One that cannot be loaded does not end the server.
     `env` is what the models' code reads from its environment, on top of ours.
     """
-    server, prefix = installation.server, _shared_memory_prefix(ports)
+    server = installation.server
     options = {
         "model-repository": repository,
         "backend-directory": server / "backends",
@@ -122,31 +130,24 @@ def triton_command(
         "allow-gpu-metrics": "false",
         "model-control-mode": "explicit",
         "exit-on-error": "false",
+        "exit-timeout-secs": _ENDS_WITHIN_S,
     }
-    python = {"shm-default-byte-size": _STUB_SHARED_MEMORY_BYTES, "shm-region-prefix-name": prefix}
     argv = [
         *(f"--{key}={value}" for key, value in options.items()),
-        *(f"--backend-config=python,{key}={value}" for key, value in python.items()),
+        f"--backend-config=python,shm-default-byte-size={_STUB_SHARED_MEMORY_BYTES}",
         *(f"--load-model={name}" for name in load),
         "--disable-auto-complete-config",  # else each model's process starts twice; a configuration says it all
     ]
-    # A server that was killed left its shared memory behind: nobody but its successor on these ports knows whose it is.
-    start = (
-        "/bin/sh",
-        "-c",
-        'rm -f "$0"*; exec "$@"',
-        str(_SHARED_MEMORY / prefix),
-        str(server / "bin" / "tritonserver"),
-    )
+    start = (sys.executable, "-I", "-S", str(_LAUNCH), _mark(ports), str(server / "bin" / "tritonserver"))
     return TritonCommand((*start, *argv), {**os.environ, **_environment(installation), **(env or {})})
 
 
 def shared_memory_of(ports: Ports) -> list[Path]:
-    """Return the shared memory that a server on `ports` holds, or left behind when it was killed."""
-    return list(_SHARED_MEMORY.glob(f"{_shared_memory_prefix(ports)}*"))
+    """Return the shared memory of a server on `ports`. One that was killed has none left a second later."""
+    return list(_SHARED_MEMORY.glob(f"{_mark(ports)}*"))
 
 
-def _shared_memory_prefix(ports: Ports) -> str:
+def _mark(ports: Ports) -> str:
     return f"forebay-triton-{ports.http}-"
 
 
@@ -185,18 +186,23 @@ def install(directory: Path, report: Report, constraints: Path = CONSTRAINTS) ->
 
 
 def check_system() -> None:
-    """Raise `SystemTooOld` where the server cannot run."""
+    """Raise `SystemUnsupported` where the server cannot run."""
     name, version = platform.libc_ver()
     if sys.platform != "linux" or platform.machine() != "x86_64" or name != "glibc":
-        raise SystemTooOld(
+        raise SystemUnsupported(
             "Triton for CPUs exists as a wheel for Linux on x86_64 with glibc only. "
             "Elsewhere use the demo without it, or NVIDIA's container."
         )
     if tuple(int(part) for part in version.split(".")[:2]) < _GLIBC:
         needed = ".".join(map(str, _GLIBC))
-        raise SystemTooOld(
+        raise SystemUnsupported(
             f"Triton needs glibc {needed} or newer and this system has {version}. "
             "Debian 12, Ubuntu 22.04 and Fedora 36 are the first that have it."
+        )
+    if sys.version_info >= _PYTHON_TOO_NEW:
+        raise SystemUnsupported(
+            f"Triton's models need numpy 1, which Python {sys.version_info.major}.{sys.version_info.minor} has not. "
+            "Use Python 3.11 or 3.12 (make PYTHON=...)."
         )
 
 
@@ -252,7 +258,7 @@ def _from(wheels: Path) -> tuple[str, ...]:
 
 def _pip(command: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
     """Run pip with its own index and settings, one package at a time as it were: none brings what it depends on."""
-    options = ["--quiet", "--no-deps", "--disable-pip-version-check"]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     pip = subprocess.run(  # noqa: S603 - our own interpreter, constant arguments
         [sys.executable, "-m", "pip", command, *options, *arguments],
         env={**os.environ, **(env or {})},

@@ -96,10 +96,10 @@ class TritonPythonModel:
         if not weights.exists():
             raise pb_utils.TritonModelException(f"{weights} is missing: FOREBAY_MODELS must name the weights' folder")
         self.engine = xllamacpp.Server(_params(weights, self.slots, self.context_tokens, int(parameters["threads"])))
-        self.lock = threading.Condition()
+        self.lock = threading.Condition()  # the slots' threads wait on it, and nobody else
         self.waiting = deque()
         self.running = []
-        self.ending = False
+        self.ending = threading.Event()
         self.gauges = _Gauges(args["model_name"], args["model_version"])
         work = [threading.Thread(target=self._work, daemon=True) for _ in range(self.slots)]
         self.threads = [*work, threading.Thread(target=self._look_around, daemon=True)]
@@ -121,8 +121,8 @@ class TritonPythonModel:
 
     def finalize(self):
         """Answers under way are cut off: Triton asks only once nobody waits for one."""
+        self.ending.set()
         with self.lock:
-            self.ending = True
             self.lock.notify_all()
         for thread in self.threads:
             thread.join()
@@ -141,8 +141,8 @@ class TritonPythonModel:
 
     def _next(self):
         with self.lock:
-            self.lock.wait_for(lambda: self.waiting or self.ending)
-            if self.ending:
+            self.lock.wait_for(lambda: self.waiting or self.ending.is_set())
+            if self.ending.is_set():
                 return None
             call = self.waiting.popleft()
             call.scheduled_ns = time.monotonic_ns()
@@ -152,20 +152,20 @@ class TritonPythonModel:
     def _answer(self, call):
         def heard(chunk):
             self._heard(call, chunk)
-            return self.ending or bool(call.error) or call.sender.is_cancelled()
+            return self.ending.is_set() or bool(call.error) or call.sender.is_cancelled()
 
         if not call.sender.is_cancelled():
             self.engine.handle_completions(call.body, heard)
         if call.error:
             _fail(call.sender, call.error, pb_utils.TritonError.INVALID_ARG)
-        elif call.sender.is_cancelled() or self.ending:
+        elif call.sender.is_cancelled() or self.ending.is_set():
             _fail(call.sender, "cancelled", pb_utils.TritonError.CANCELLED)
         else:
             _finish(call)
 
     def _heard(self, call, chunk):
         if "error" in chunk:
-            call.error = chunk["error"]["message"]
+            call.error = _with_tensor(chunk["error"])
             return
         if progress := chunk.get("prompt_progress"):
             call.prompt_tokens, call.reused_tokens = progress["total"], progress["cache"]
@@ -184,10 +184,8 @@ class TritonPythonModel:
 
     def _look_around(self):
         """Answer the waiting ones that are cancelled, and say how busy the slots are."""
-        while True:
+        while not self.ending.wait(_LOOK_EVERY_S):
             with self.lock:
-                if self.lock.wait_for(lambda: self.ending, _LOOK_EVERY_S):
-                    return
                 cancelled = [call for call in self.waiting if call.sender.is_cancelled()]
                 for call in cancelled:
                     self.waiting.remove(call)
@@ -346,6 +344,15 @@ def _guide(tensors):
     if kind:
         raise Refused(f"guided_decoding_guide_type: llama.cpp has json, json_schema and ebnf_grammar, not {kind}")
     return {}
+
+
+def _with_tensor(error):
+    """What llama.cpp objects to, named as the client knows it."""
+    if error.get("type") == "exceed_context_size_error":
+        return f"text_input: {error['message']}"
+    if "grammar" in error["message"] or "schema" in error["message"]:
+        return f"guided_decoding_guide: {error['message']}"
+    return error["message"]
 
 
 def _text(tensor):
