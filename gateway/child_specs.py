@@ -119,7 +119,7 @@ def triton_child(
         ready=answers_http("127.0.0.1", ports.http, "/v2/health/live"),
         ready_within_s=300.0,
         awaited=False,
-        stop_grace_s=15.0,
+        stop_grace_s=8.0,
         log_path=log_path,
     )
 

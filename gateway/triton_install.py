@@ -46,8 +46,9 @@ _PYTHON_TOO_NEW = (3, 13)
 _STUB_SHARED_MEMORY_BYTES = 4 << 20
 """What each process of a model takes of /dev/shm at first; Triton's own default is 1 MiB, and it grows when needed."""
 
-_ENDS_WITHIN_S = 10
-"""How long a server that is asked to end waits for answers under way; Triton's own default is 30."""
+_ENDS_WITHIN_S = 5
+"""How long a server that is asked to end waits for answers under way; Triton's own default is 30. With one that neither
+ends nor is cancelled it does not end at all, whatever it says."""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory is on Linux
 
