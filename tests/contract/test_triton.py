@@ -44,7 +44,7 @@ CHATML = """
 {% endfor %}<|im_start|>assistant
 """
 TOKENS = ("Hel", "lo ", "wörld")
-DIALECTS = ["bls", "bls_cumulative", "ensemble_old", "llmapi", "llmapi_unary"]
+DIALECTS = ["bls", "bls_cumulative", "bls_unsaid", "ensemble_old", "llmapi", "llmapi_unary"]
 STREAMING = DIALECTS[:-1]
 
 MakeBackend = Callable[..., TritonBackend]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
 
-pytest.importorskip("tests.triton", reason="needs the real Triton of the tests")
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
