@@ -13,6 +13,7 @@ PYTHONS = $(PYTHON) python3.13 python3.12 python3.11 python3 python
 
 help:
 	@echo "make run       two small real models behind Forebay on port 8080   (ARGS='--port 9000' and others)"
+	@echo "             BACKEND=triton: the same on a real Triton Inference Server"
 	@echo "make test      lint, types, import rule and the tests, without the slow ones"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the measurements in tests/bench"
@@ -20,7 +21,7 @@ help:
 	@echo "make clean     removes $(VENV) and caches; keeps the models and data in .forebay"
 
 run: $(VENV)/local.ready
-	@exec $(BIN)/forebay demo $(ARGS)
+	@exec $(BIN)/forebay demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
 test: checks
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
