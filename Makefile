@@ -9,7 +9,7 @@ PYTHONS = $(PYTHON) python3.13 python3.12 python3.11 python3 python
 # A half-made virtual environment is no virtual environment.
 .DELETE_ON_ERROR:
 
-.PHONY: help run test test-all checks bench models triton clean packages-local packages-local,dev
+.PHONY: help run test test-all checks bench gpu-check models triton clean packages-local packages-local,dev
 
 help:
 	@echo "make run       two small real models behind Forebay on port 8080   (ARGS='--port 9000' and others)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the measurements in tests/bench"
 	@echo "make triton    a Triton server for CPUs, into $(TRITON)   (Linux, Python 3.11 or 3.12)"
+	@echo "make gpu-check the suite of a live model on a Triton that serves one on a GPU   (TRITON_URL=grpc://host:8001)"
 	@echo "make clean     removes $(VENV) and caches; keeps the models and data in .forebay"
 
 run: $(VENV)/local.ready
@@ -39,6 +40,11 @@ bench: $(VENV)/local,dev.ready
 	@for file in tests/bench/[!_]*.py; do \
 	  module=$$(basename "$$file" .py); echo "== $$module"; $(BIN)/python -m "tests.bench.$$module" || exit 1; \
 	done
+
+# Make's own variables reach the suite under names of its own.
+gpu-check: $(VENV)/local,dev.ready
+	@$(if $(TRITON_URL),FOREBAY_CHECK_TRITON='$(TRITON_URL)') $(if $(BACKEND),FOREBAY_CHECK_BACKEND='$(BACKEND)') \
+	  $(BIN)/python -m tests.live.gpu_check
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
