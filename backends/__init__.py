@@ -3,7 +3,7 @@
 Read `chat` first (a request, the events of an answer, usage), then `backend` (the protocol), then `attempts`
 (how one call becomes several: deadline, retry, fallback). `catalog` holds model cards: prices, windows, capabilities.
 
-    openai_http   any OpenAI-compatible engine; openai_quirks puts right what they do otherwise, embeddings their vectors
+    openai_http   any OpenAI-compatible engine; openai_quirks puts right what they do otherwise, embeddings vectors
     llamacpp      a local llama.cpp                 triton/      Triton Inference Server, natively
     embedder      our own embedding model           scripted     plays whatever a test writes down
     fan_out       several choices from an engine that gives one at a time
