@@ -56,10 +56,10 @@ $(VENV)/%.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 models: | $(BIN)/python
-	@$(BIN)/python -P gateway/demo_models.py $(MODELS)
+	@$(BIN)/python -m gateway.demo_models $(MODELS)
 
 triton: | $(BIN)/python
-	@$(BIN)/python -P gateway/triton_install.py $(TRITON)
+	@$(BIN)/python -m gateway.triton_install $(TRITON)
 
 # pip's own output is in the log; shown is that it moves, and what went wrong.
 packages-local packages-local,dev: packages-%: | $(BIN)/python
