@@ -359,7 +359,7 @@ class _Exchange:
             raise self._protocol_error(f"the engine sent {error}") from error
         except BackendError:
             # What can still come is a usage frame and `[DONE]`: an answer is not lost for want of them.
-            if self._is_complete:
+            if self._reader.is_complete:
                 return None
             raise
         self._at_end = True
@@ -382,8 +382,9 @@ class _Exchange:
         return event
 
     def check_complete(self) -> None:
-        """Raise unless every choice that began has finished, and one did."""
-        if not self._reader.begun or self._reader.begun - self._reader.finished:
+        """Raise unless every choice that began has finished, and all that were asked for or the engine said so."""
+        reader = self._reader
+        if not reader.begun or reader.begun - reader.finished or not (self._said_done or reader.is_complete):
             raise self._protocol_error("the answer broke off before its finish_reason")
 
     def closing_event(self) -> Event | None:
@@ -416,17 +417,12 @@ class _Exchange:
             raise AssertionError("an answer is read after its request is sent")
         return self._response.content
 
-    @property
-    def _is_complete(self) -> bool:
-        """Whether every choice that was asked for has finished."""
-        return len(self._reader.finished) >= max(self._call.request.n, len(self._reader.begun))
-
     def _clock(self) -> tuple[str, float]:
         """The phase that the next wait belongs to, and when it ends."""
         if not self._has_content:
             return "first_token", self._first_token_by
         idle_s = self._call.timeouts.idle_s
-        return "idle", self._loop.time() + (min(idle_s, _TRAILER_S) if self._is_complete else idle_s)
+        return "idle", self._loop.time() + (min(idle_s, _TRAILER_S) if self._reader.is_complete else idle_s)
 
     async def _wait(self, pending: Coroutine[object, object, _T], phase: str, until: float) -> _T:
         """Await `pending` until then at most, and turn what goes wrong into its cause."""

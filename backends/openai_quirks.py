@@ -275,6 +275,11 @@ class AnswerReader:
         self.finished: set[int] = set()
         """Choices that have ended, and not gone on after it."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice that was asked for has finished."""
+        return len(self.finished) >= max(self._choices, len(self.begun))
+
     def read_frame(self, raw: bytes) -> Event | None:
         """The event in a frame; None for one that says nothing (yet)."""
         try:
