@@ -245,7 +245,7 @@ def _apart(frame: Frame) -> Sequence[Frame]:
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=msgspec.Raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return data == b"[DONE]"
     return True
 

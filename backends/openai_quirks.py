@@ -138,10 +138,13 @@ class _WholeText(Choice, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "content_filter"]
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _ToldUsage(WireUsage, frozen=True, kw_only=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    total_tokens: _Count
 
 
 class _CleanWhole(_CleanFrame, frozen=True, kw_only=True):

@@ -143,7 +143,9 @@ async def test_missing_usage_is_estimated_and_marked(backend: OpenAIBackend, ups
         answer(),
         {"choices": []},
         [ONE, TWO],
+        answer(item(ONE, 0), item(TWO, 1), usage={"prompt_tokens": -4, "total_tokens": -4}),
         b'{"object":"list","data":[{"index":0,"embedding":[NaN]}]}',
+        b'{"data":[],"embedding":' + b"[" * 5000 + b"]" * 5000 + b"}",
         b"",
     ],
 )
@@ -155,6 +157,12 @@ async def test_an_answer_that_lacks_vectors_or_numbers_is_the_engines_fault(
     with pytest.raises(BackendProtocolError) as failure:
         await embed(backend, encoding_format=encoding)
     assert (failure.value.backend, failure.value.model) == ("a", "small")
+
+
+async def test_a_model_that_the_engine_does_not_name_is_named(backend: OpenAIBackend, upstream: Upstream) -> None:
+    for model in (..., None, ""):
+        upstream.plays(*answers(answer(item(ONE, 0), item(TWO, 1), model=model)))
+        assert json.loads((await embed(backend)).raw) == {**GOOD, "model": "small"}
 
 
 async def test_dimensions_that_an_engine_ignored_are_refused_by_name(

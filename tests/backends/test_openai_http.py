@@ -434,6 +434,19 @@ async def test_a_status_that_is_not_200_is_an_error_by_its_cause(
     assert len(upstream.requests) == 1
 
 
+async def test_an_error_nested_beyond_the_stack_is_still_an_error_by_its_status(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
+    upstream.plays(*answers(b'{"error":' + b"[" * 5000 + b"]" * 5000 + b"}", 500))
+    with pytest.raises(BackendFailed):
+        await collect(backend, make_call())
+
+
+async def test_a_last_frame_nested_beyond_the_stack_is_passed_over(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(*sse(*ANSWER, done=False), Send(b"data: " + b"[" * 5000 + b"]" * 5000))
+    assert texts_of(await collect(backend, make_call(stream=True))) == ["Hello"]
+
+
 async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*answers({"error": {"message": "bad n", "type": "t", "code": "c", "param": "n"}}, 422))
     with pytest.raises(RequestRejected) as failure:

@@ -112,6 +112,16 @@ def test_nesting_beyond_the_stack_is_the_engines_fault(whole: bool) -> None:
         (reader().read_whole if whole else reader().read_frame)(raw)
 
 
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "total_tokens"])
+def test_usage_below_zero_is_none(field: str) -> None:
+    counted = usage(3, 2)
+    counted["usage"][field] = -1
+    with pytest.raises(BackendProtocolError, match=">= 0"):
+        read(reader(), START, finish(), counted)
+    with pytest.raises(BackendProtocolError, match=">= 0"):
+        reader().read_whole(msgspec.json.encode({**completion("Hi"), "usage": counted["usage"]}))
+
+
 def test_an_object_that_says_it_is_an_error_is_one_without_a_code() -> None:
     with pytest.raises(BackendFailed, match="out of memory"):
         read(reader(), {"object": "error", "message": "out of memory"})
