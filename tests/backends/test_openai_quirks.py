@@ -66,8 +66,7 @@ def piece(arguments: Any, **fields: Any) -> dict[str, Any]:
         ([[piece("{}", id="x", name="f")], [piece("{}", id="y", name="f")]], [("f", "{}"), ("f", "{}")]),
         # Several with one id.
         (
-            [[piece("{", index=0, id="x", name="f")], [piece("{", index=1, id="x", name="f")]]
-            + [[piece("}", index=0, id="x")], [piece("}", index=1, id="x")]],
+            [[piece(part, index=n, id="x", name="f")] for part in ("{", "}") for n in (0, 1)],
             [("f", "{}"), ("f", "{}")],
         ),
         # Arguments that are no text.
