@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -32,7 +31,7 @@ from backends.load_signals import LoadSignals, MetricsPage
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
 from backends.openai_quirks import AnswerReader
 from backends.sse import Frame, FrameTooLarge, SseParser
-from backends.tls import ClientTls
+from backends.tls import ClientTls, ConnectionSettings
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """The largest answer that is not streamed: 100k tokens with 20 log probabilities each stay below it."""
@@ -75,8 +74,8 @@ class OpenAIBackend:
     header is ever forwarded. With `max_connections` a call that finds so many in use waits for one within its connect
     time, and is then `BackendOverloaded`; health checks come on top. `check` asks for `health_url`, by default the
     engine's list of models. `run` reads the engine's load from its Prometheus metrics at `metrics_url`, and
-    `metrics_note` is told whether that works (see `LoadSignals`); credentials go there only where it is the same host
-    and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
+    `metrics_note` is told whether that works (see `LoadSignals`); credentials and `tls` go there only where it is the
+    same host and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
     """
 
     def __init__(
@@ -199,13 +198,16 @@ class OpenAIBackend:
 
     def _load_signals(self, url: str, note: Callable[[bool, str], None] | None) -> LoadSignals:
         is_ours = yarl.URL(url).origin() == self._health_url.origin()
-        page = MetricsPage(url, lambda: self._session_now(""), headers=self._headers if is_ours else None)
+        page = MetricsPage(
+            url,
+            lambda: self._session_now(""),
+            headers=self._headers if is_ours else None,
+            tls=self._tls if is_ours else None,
+        )
         return LoadSignals(page, model=self._upstream_model, in_flight=lambda: len(self._exchanges), note=note)
 
-    async def _tls_settings(self) -> _TlsSettings:
-        if self._tls is None:
-            return {}
-        return {"ssl": await self._tls.context(), "server_hostname": self._tls.server_name}
+    async def _tls_settings(self) -> ConnectionSettings:
+        return {} if self._tls is None else await self._tls.settings()
 
     def _session_now(self, model: str) -> aiohttp.ClientSession:
         if self._session is None and not self._closed:
@@ -213,13 +215,6 @@ class OpenAIBackend:
         if self._closed or self._session is None or self._session.closed:
             raise BackendUnreachable("the backend is closed", backend=self._name, model=model)
         return self._session
-
-
-class _TlsSettings(TypedDict, total=False):
-    """aiohttp's words for how a connection is made."""
-
-    ssl: ssl.SSLContext
-    server_hostname: str | None
 
 
 def _body(request: ChatRequest, model: str) -> bytes:
@@ -313,7 +308,7 @@ class _Exchange:
         url: yarl.URL,
         body: bytes,
         headers: Mapping[str, str],
-        tls: _TlsSettings,
+        tls: ConnectionSettings,
     ) -> None:
         """Send the request and read the head of the answer. Raises the cause of one that is not 200."""
         phase, until = ("first_token", self._first_token_by) if self._call.request.stream else ("total", self._end)
