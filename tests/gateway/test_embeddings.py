@@ -77,6 +77,13 @@ async def test_every_form_of_input_is_answered_in_order(vectors: Vectors, input_
     assert set(answer["usage"]) == {"prompt_tokens", "total_tokens"}
 
 
+async def test_token_ids_count_as_tokens_and_not_by_their_digits(vectors: Vectors) -> None:
+    full = [100_000 + n for n in range(256)]
+    assert verdict(await vectors.embed([full, full])) == "miss"
+    refused = await vectors.embed([[7] * 400])
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
+
+
 async def test_both_encodings_carry_the_same_numbers(vectors: Vectors) -> None:
     floats = (await vectors.embed("encodings", encoding_format="float")).json()["data"][0]["embedding"]
     packed = (await vectors.embed("encodings", encoding_format="base64")).json()["data"][0]["embedding"]
