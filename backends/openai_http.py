@@ -26,6 +26,7 @@ from backends.errors import (
     BackendProtocolError,
     BackendTimeout,
     BackendUnreachable,
+    RequestRejected,
 )
 from backends.load_signals import LoadSignals, MetricsPage
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
@@ -35,6 +36,9 @@ from backends.tls import ClientTls, ConnectionSettings
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """The largest answer that is not streamed: 100k tokens with 20 log probabilities each stay below it."""
+
+MAX_EMBEDDINGS_BYTES = 64 * 1024 * 1024
+"""The largest answer of vectors: 2048 of 3072 dimensions take 34 MB in base64, and more than this as numbers."""
 
 _MAX_ERROR_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 4.0
@@ -330,7 +334,8 @@ class _Exchange:
 
     async def read_whole(self) -> Event:
         """The answer that comes in one piece."""
-        body = (self._begins_with + await self._read_body(MAX_ANSWER_BYTES, self._end)).strip()
+        most = MAX_EMBEDDINGS_BYTES if self._call.request.operation == "embeddings" else MAX_ANSWER_BYTES
+        body = (self._begins_with + await self._read_body(most, self._end)).strip()
         if (fault := _fault_of_a_whole(body)) is not None:
             raise self._protocol_error(fault)
         if self._call.request.operation != "embeddings":
@@ -466,7 +471,7 @@ class _Exchange:
             pieces.append(piece)
             size += len(piece)
             if size > max_bytes:
-                raise self._protocol_error(f"the engine answered more than {max_bytes} bytes")
+                raise self._too_much(max_bytes)
         return b"".join(pieces)
 
     async def _drain(self) -> None:
@@ -490,6 +495,18 @@ class _Exchange:
             backend=self._backend,
             model=self._call.model,
             retry_after_s=read_retry_after_s(response.headers, self._wall_clock()),
+        )
+
+    def _too_much(self, max_bytes: int) -> BackendError:
+        if self._call.request.operation != "embeddings":
+            return self._protocol_error(f"the engine answered more than {max_bytes} bytes")
+        # How long this answer is, the request decides: no engine is at fault, and another would say as much.
+        return RequestRejected(
+            f"'input': the vectors take more than {max_bytes} bytes; send fewer texts at once, or ask for base64",
+            code="answer_too_large",
+            param="input",
+            backend=self._backend,
+            model=self._call.model,
         )
 
     def _protocol_error(self, message: str) -> BackendProtocolError:

@@ -10,7 +10,6 @@ from backends.chat import MEDIA_BYTES, ChatRequest, EncodingFormat, Message
 from backends.embeddings import BadInput, Input, each_input
 from gateway.errors import RequestError
 
-
 TOKEN_ID_BYTES = 4
 """What a token that is given as its id counts as, whatever its digits: about the text it stands for."""
 

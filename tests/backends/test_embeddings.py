@@ -19,7 +19,7 @@ from backends.embeddings import INLINE_BYTES, BadInput, each_input, from_base64,
 from backends.errors import BackendFailed, BackendProtocolError, BackendTimeout, RequestRejected
 from backends.openai_http import OpenAIBackend
 from tests.calls import collect, make_call
-from tests.upstream import Hang, Upstream, answers
+from tests.upstream import Hang, Head, Send, Upstream, answers
 
 ONE, TWO = [1.0, 0.5], [-0.25, 2.0]
 USAGE = {"prompt_tokens": 4, "total_tokens": 4}
@@ -201,6 +201,13 @@ async def test_a_large_answer_is_read_the_same(backend: OpenAIBackend, upstream:
 
     last = json.loads(event.raw)["data"][-1]["embedding"]
     assert (last if encoding == "float" else list(from_base64(last))) == numbers
+
+
+async def test_more_vectors_than_can_be_read_are_the_requests_fault(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(Head(headers={"Content-Type": "application/json"}), *[Send(b"1.0," * 2**18)] * 65)
+    with pytest.raises(RequestRejected, match="fewer texts") as refused:
+        await embed(backend)
+    assert (refused.value.status, refused.value.param) == (400, "input")
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
