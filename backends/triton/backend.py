@@ -335,27 +335,27 @@ class TritonBackend:
 
     async def _stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """The answer as the events of a stream, whatever the client asked for."""
-        clock = CallClock(call, self._name)
-        loaded, ask, inference, response = await self._begin(call, clock)
-        telling = self._telling(loaded, ask, call)
-        try:
-            while response is not None:
-                for event in telling.tell(read_response(response, loaded.dialect)):
+        with CallClock(call, self._name) as clock:
+            loaded, ask, inference, response = await self._begin(call, clock)
+            telling = self._telling(loaded, ask, call)
+            try:
+                while response is not None:
+                    for event in telling.tell(read_response(response, loaded.dialect)):
+                        yield event
+                        if event.has_content:
+                            clock.began()
+                    if telling.is_over:
+                        break
+                    response = await clock.wait(inference.next())
+                if not telling.is_complete:
+                    raise self._protocol_error("the answer broke off before its end")
+                usage, completion_tokens = await self._usage(loaded, ask, telling)
+                for event in telling.close(completion_tokens, usage):
                     yield event
-                    if event.has_content:
-                        clock.began()
-                if telling.is_over:
-                    break
-                response = await clock.wait(inference.next())
-            if not telling.is_complete:
-                raise self._protocol_error("the answer broke off before its end")
-            usage, completion_tokens = await self._usage(loaded, ask, telling)
-            for event in telling.close(completion_tokens, usage):
-                yield event
-        except UnreadableResponse as error:
-            raise self._protocol_error(str(error)) from error
-        finally:
-            self._end(inference)
+            except UnreadableResponse as error:
+                raise self._protocol_error(str(error)) from error
+            finally:
+                self._end(inference)
 
     async def _begin(self, call: Call, clock: CallClock) -> tuple[_Loaded, _Ask, Inference, Response | None]:
         """Ask the model, and await its first response; once more where it turns out to have been reloaded."""
