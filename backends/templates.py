@@ -81,7 +81,8 @@ class ChatTemplate:
         """The template's text, with tools where they make another."""
         self._takes_tools = takes_tools
         self._tokens = {**special_tokens, "bos_token": bos_token, "eos_token": eos_token}
-        self._reserved = frozenset((*environment.globals, *self._tokens, *_OURS))
+        self.reserved = frozenset((*environment.globals, *self._tokens, *_OURS))
+        """The variables that are not the client's to set."""
         self._max_prompt_bytes = max_prompt_bytes
 
     @property
@@ -106,7 +107,7 @@ class ChatTemplate:
         Raises `TemplateFailed`, also for tools that the template would drop and for a variable of `extra` that is not
         the client's to set.
         """
-        if taken := sorted(self._reserved.intersection(extra)):
+        if taken := sorted(self.reserved.intersection(extra)):
             raise TemplateFailed(f"chat_template_kwargs cannot set {', '.join(taken)}")
         if tools and not self._takes_tools:
             raise TemplateFailed("the chat template has no place for tools")

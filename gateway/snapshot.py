@@ -177,7 +177,8 @@ def _answering(spec: BackendSpec) -> list[object]:
             return ["llamacpp", spec.url, spec.weights, spec.context_tokens, spec.chat_template, spec.stop]
         case TritonBackendSpec():
             where = [spec.url, spec.repository, spec.model, spec.model_folder]
-            return ["triton", where, spec.chat_template, spec.stop, spec.tool_format, spec.adds_bos]
+            prompt = [spec.chat_template, spec.stop, spec.tool_format, spec.adds_bos, spec.remote_images]
+            return ["triton", where, prompt, spec.draft_tokens]
         case ScriptedBackendSpec():
             return ["scripted", spec.answer]
         case EmbedderBackendSpec():

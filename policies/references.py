@@ -108,7 +108,9 @@ class _Check:
 
     def _triton(self, path: Path, backend: TritonBackendSpec) -> None:
         self._one_of(path, backend, "url", "repository")
-        if backend.tls is not None and backend.url is not None and not backend.url.startswith("grpcs://"):
+        if backend.tls is not None and backend.url is None:
+            self._mistake((*path, "tls"), "a Triton that Forebay starts is spoken to without TLS", "remove tls")
+        elif backend.tls is not None and not (backend.url or "").startswith("grpcs://"):
             self._mistake((*path, "tls"), "the URL is not a grpcs:// one", "write grpcs://, or remove tls")
         if backend.tool_format not in (None, "none") and backend.chat_template is None and backend.model_folder is None:
             self._mistake((*path, "tool_format"), "there is no chat template to show the tools to the model with")
@@ -259,10 +261,14 @@ class _Check:
 
 
 def _names_a_server(url: str) -> bool:
-    """Whether a URL has a host, and a port that can be connected to where it has one."""
+    """Whether a URL has a host, and a port that can be connected to where it has one. gRPC takes these two alone."""
     try:
         parts = urlsplit(url)
         (parts.hostname or "").encode("ascii" if url.isascii() else "idna")
+        if parts.scheme.startswith("grpc") and (
+            not parts.port or parts.username is not None or "?" in url or "#" in url
+        ):
+            return False
         return bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False

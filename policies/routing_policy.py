@@ -27,6 +27,9 @@ Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[^\s]+(?!\n)$", descriptio
 GrpcUrl = Annotated[
     str, msgspec.Meta(pattern=r"^grpcs?://[^\s/]+/?(?!\n)$", description="a grpc:// or grpcs:// URL of host and port")
 ]
+TritonModelName = Annotated[
+    str, msgspec.Meta(pattern=r"^[^/\x00-\x1f]+(?!\n)$", description="the name of a folder in Triton's repository")
+]
 HeaderName = Annotated[
     str, msgspec.Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+(?!\n)$", description="the name of an HTTP header")
 ]
@@ -113,7 +116,7 @@ class TritonBackendSpec(_Spec, frozen=True, tag_field="kind", tag="triton"):
     takes and gives plain text.
     """
 
-    model: str
+    model: TritonModelName
     """The model's name in Triton's repository, such as `ensemble` or `tensorrt_llm_bls`."""
     url: GrpcUrl | None = None
     """Address of the gRPC endpoint, `grpc://host:8001`, or `grpcs://` for TLS."""

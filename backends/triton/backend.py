@@ -18,7 +18,7 @@ import msgspec
 from backends.backend import Call, Load
 from backends.call_clock import CallClock
 from backends.catalog import Capability
-from backends.chat import Event, Usage, parse_event
+from backends.chat import ChatRequest, Event, Usage, parse_event
 from backends.errors import (
     BackendError,
     BackendFailed,
@@ -58,6 +58,15 @@ WARM_UP_TOKENS = 8
 DEFAULT_MAX_TOKENS = 2_048
 """What a model may write where neither the client nor the context window says: TensorRT-LLM wants a number."""
 
+_RENDERED_ON_THE_LOOP_BYTES = 32_768
+"""Requests below this size are rendered where they are asked for: a thread costs as much as it would save."""
+
+_CONNECTED_BY, _CHECKED_BY = 0.7, 0.9
+"""Parts of a check's time: whoever waits no longer than it said is still told what is in the way."""
+
+_DOUBTFUL = (BackendUnreachable, BackendRefusedCredentials, BackendProtocolError)
+"""After these the server or the model may not be what it was."""
+
 
 class TritonModel(msgspec.Struct, frozen=True, kw_only=True):
     """Which model is served, and how its text is to be written and read. Settings of an operator."""
@@ -90,8 +99,6 @@ class _Loaded(msgspec.Struct, frozen=True, kw_only=True):
     folder_digest: str
     template: ChatTemplate | None
     tool_format: ToolFormat | None
-    answered: int = 0
-    """Requests that it had answered when it was last looked at."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -141,6 +148,7 @@ class TritonBackend:
         self._in_flight = 0
         self._turn = anyio.Lock()
         self._loaded: _Loaded | None = None
+        self._answered = 0
         self._closed = False
         self._signals = None if metrics is None else self._load_signals(metrics, metrics_note)
 
@@ -172,8 +180,6 @@ class TritonBackend:
                 else:
                     yield self._whole([event async for event in events], call)
         except BackendError as error:
-            if isinstance(error, BackendUnreachable | BackendRefusedCredentials | BackendProtocolError):
-                self._loaded = None  # the server or the model may not be what it was: look before the next call
             error.backend, error.model = self._name, call.model
             raise
         finally:
@@ -187,14 +193,18 @@ class TritonBackend:
             while True:
                 try:
                     await self._look()
+                except BackendTimeout:
+                    pass  # busy, as far as we know: what is in the way of a question is no other model
                 except BackendError:
                     self._loaded = None  # `check` says why, to whoever asks
                 await anyio.sleep(self._watch_every_s)
 
     async def check(self, *, within_s: float) -> None:
         """See `Backend.check`. Names the state of a model that is not ready."""
+        began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout_at(began + _CHECKED_BY * within_s):
+                await self._server.connect(began + _CONNECTED_BY * within_s)
                 await self._ensure_loaded()
                 if not await self._server.is_ready(within_s):
                     raise await self._not_ready()
@@ -226,20 +236,27 @@ class TritonBackend:
     async def _known(self, clock: CallClock) -> _Loaded:
         if self._closed:
             raise self._server.unreachable()
-        loaded = self._loaded
-        return await clock.wait(self._ensure_loaded(clock.connect_by)) if loaded is None else loaded
+        if self._loaded is not None:
+            return self._loaded
+        # Before any turn is waited for: whoever has it may be waiting for the same connection, by a longer clock.
+        await clock.wait(self._server.connect(clock.connect_by))
+        return await clock.wait(self._ensure_loaded())
 
-    async def _ensure_loaded(self, connect_by: float | None = None) -> _Loaded:
+    async def _ensure_loaded(self) -> _Loaded:
         """Look at the model, and warm it up, where that has not been done since it was loaded."""
         async with self._turn:
             loaded = self._loaded
             if loaded is None:
-                loaded = self._loaded = await self._prepare(connect_by)
+                loaded = self._loaded = await self._prepare()
             return loaded
 
-    async def _prepare(self, connect_by: float | None) -> _Loaded:
-        loop = asyncio.get_running_loop()
-        await self._server.connect(loop.time() + ASK_WITHIN_S if connect_by is None else connect_by)
+    def _forget(self, loaded: _Loaded) -> None:
+        """The server or the model may not be what it was: look before the next call, unless somebody has since."""
+        if self._loaded is loaded:
+            self._loaded = None
+
+    async def _prepare(self) -> _Loaded:
+        await self._server.connect(asyncio.get_running_loop().time() + ASK_WITHIN_S)
         await self._server.version(ASK_WITHIN_S)
         if not await self._server.is_ready(ASK_WITHIN_S):
             raise await self._not_ready()
@@ -259,8 +276,8 @@ class TritonBackend:
             tool_format=self._tool_format(template),
         )
         dialect = await self._warmed_up(loaded)
-        answered = await self._server.answered(ASK_WITHIN_S)
-        return msgspec.structs.replace(loaded, dialect=dialect, answered=answered)
+        self._answered = await self._server.answered(ASK_WITHIN_S)
+        return msgspec.structs.replace(loaded, dialect=dialect)
 
     def _read_folder(self) -> tuple[ModelFolder | None, str]:
         if self._model.folder is None:
@@ -312,16 +329,17 @@ class TritonBackend:
             raise await self._not_ready()
         description = await self._server.describe(ASK_WITHIN_S)
         answered = await self._server.answered(ASK_WITHIN_S)
-        digest = await anyio.to_thread.run_sync(folder_digest, self._model.folder) if self._model.folder else ""
+        try:
+            digest = await anyio.to_thread.run_sync(folder_digest, self._model.folder) if self._model.folder else ""
+        except ModelFolderError as error:
+            raise self._protocol_error(str(error)) from error
         if self._loaded is not loaded:
             return
-        if (description.digest, digest) != (loaded.description.digest, loaded.folder_digest) or (
-            answered < loaded.answered
-        ):
+        was_reloaded = answered < self._answered
+        self._answered = answered
+        if was_reloaded or (description.digest, digest) != (loaded.description.digest, loaded.folder_digest):
             self._loaded = None
             await self._ensure_loaded()
-        else:
-            self._loaded = msgspec.structs.replace(loaded, answered=answered)
 
     async def _not_ready(self) -> BackendError:
         state = await self._server.state(ASK_WITHIN_S)
@@ -345,6 +363,7 @@ class TritonBackend:
                         if event.has_content:
                             clock.began()
                     if telling.is_over:
+                        self._end(inference)  # before anything that waits: the model has nothing more to say
                         break
                     response = await clock.wait(inference.next())
                 if not telling.is_complete:
@@ -353,7 +372,11 @@ class TritonBackend:
                 for event in telling.close(completion_tokens, usage):
                     yield event
             except UnreadableResponse as error:
+                self._forget(loaded)
                 raise self._protocol_error(str(error)) from error
+            except _DOUBTFUL:
+                self._forget(loaded)
+                raise
             finally:
                 self._end(inference)
 
@@ -369,6 +392,8 @@ class TritonBackend:
                 return loaded, ask, inference, await clock.wait(inference.next())
             except BaseException as error:
                 self._end(inference)
+                if isinstance(error, _DOUBTFUL):
+                    self._forget(loaded)
                 if is_second or not isinstance(error, BackendProtocolError) or not await self._is_stale(loaded, clock):
                     raise
             is_second = True
@@ -380,32 +405,25 @@ class TritonBackend:
     async def _is_stale(self, loaded: _Loaded, clock: CallClock) -> bool:
         """Whether the model has other tensors by now than it was asked with."""
         description = await clock.wait(self._server.describe(ASK_WITHIN_S))
-        if description.digest == loaded.description.digest:
-            return False
-        if self._loaded is loaded:
-            self._loaded = None
-        return True
+        return description.digest != loaded.description.digest
 
     async def _ask(self, loaded: _Loaded, call: Call) -> _Ask:
         """The request in the model's terms. Raises `RequestRejected` naming the field that it cannot have."""
         request = call.request
         try:
             asked = parameters_of(request, loaded.dialect)
-            prompt = self._prompter(loaded).prompt(request)
+            prompt = await self._prompt(loaded, request)
             if prompt.forced_schema is not None:
                 if not loaded.dialect.takes("guide"):
                     raise FieldRefused("tool_choice", "this model cannot be made to call a tool; let it choose")
                 guide_by_schema(asked, prompt.forced_schema)
             max_tokens = await self._max_tokens(loaded, call, prompt.text)
+            if len(prompt.image_urls) > 1 and loaded.dialect.takes_one("image_urls"):
+                raise FieldRefused("messages", f"this model takes one image a request, not {len(prompt.image_urls)}")
         except FieldRefused as error:
-            raise RequestRejected(
-                str(error),
-                param=error.field,
-                code=error.code,
-                error_type="invalid_request_error",
-                backend=self._name,
-                model=call.model,
-            ) from error
+            raise _rejected(str(error), param=error.field, code=error.code) from error
+        except RecursionError as error:
+            raise _rejected("the request is nested too deeply", param=None, code="invalid_json") from error
         stops = dict.fromkeys((*_stop(asked), *self._model.stop, *(loaded.folder.stop if loaded.folder else ())))
         asked["stop"] = tuple(stops)
         asked["max_tokens"] = max_tokens
@@ -413,6 +431,12 @@ class TritonBackend:
             asked["image_urls"] = prompt.image_urls
         tensors = self._tensors(loaded.dialect, prompt.text, asked)
         return _Ask(tensors=tuple(tensors), prompt=prompt, max_tokens=max_tokens, stops=tuple(stops))
+
+    async def _prompt(self, loaded: _Loaded, request: ChatRequest) -> Prompt:
+        prompter = self._prompter(loaded)
+        if request.size_bytes < _RENDERED_ON_THE_LOOP_BYTES:
+            return prompter.prompt(request)
+        return await anyio.to_thread.run_sync(prompter.prompt, request, abandon_on_cancel=True)
 
     def _prompter(self, loaded: _Loaded) -> Prompter:
         return Prompter(
@@ -429,10 +453,13 @@ class TritonBackend:
         wanted = call.request.max_tokens
         if wanted == 0:
             raise FieldRefused("max_tokens", "this model writes at least one token")
-        # A prompt has no more tokens than bytes: most need not be counted to be known to fit.
-        if window is None or loaded.tokenizer is None or (wanted is not None and len(prompt.encode()) < window):
+        if window is None or loaded.tokenizer is None:
             return wanted or DEFAULT_MAX_TOKENS
-        left = window - await loaded.tokenizer.count_tokens(prompt)
+        # A prompt has no more tokens than bytes: most need not be counted to be known to leave room for what is wanted.
+        if wanted is not None and len(prompt.encode()) + wanted < window:
+            return wanted
+        own = 1 if loaded.folder is not None and loaded.folder.bos_token and self._model.adds_bos else 0
+        left = window - own - await loaded.tokenizer.count_tokens(prompt)
         if left <= 0:
             raise FieldRefused(
                 "messages" if call.request.operation == "chat" else "prompt",
@@ -465,8 +492,10 @@ class TritonBackend:
 
     def _telling(self, loaded: _Loaded, ask: _Ask, call: Call) -> Telling:
         dialect, prompt = loaded.dialect, ask.prompt
-        # A stream never repeats the prompt; an answer in one piece may, whatever it was told.
-        repeats = not self._streams(dialect)
+        # A stream never repeats the prompt; an answer in one piece may, whatever it was told. A short one may begin an
+        # answer by rights, as no conversation does: there the model is believed.
+        is_chat = call.request.operation == "chat"
+        repeats = not self._streams(dialect) and (is_chat or not dialect.takes("exclude_prompt"))
         bos = loaded.folder.bos_token if loaded.folder is not None else ""
         parser = None
         if prompt.tool_names and loaded.tool_format is not None:
@@ -486,6 +515,7 @@ class TritonBackend:
             wants_log_probs=call.request.wants_logprobs or _wants_own_logprobs(call),
             tokenizer=loaded.tokenizer,
             max_tokens=ask.max_tokens,
+            one_call=_raw(call, "parallel_tool_calls") == b"false",
         )
 
     async def _usage(self, loaded: _Loaded, ask: _Ask, telling: Telling) -> tuple[Usage | None, int | None]:
@@ -518,6 +548,7 @@ def _dialect(model: str, description: ModelDescription) -> Dialect:
     return read_dialect(
         model=model,
         inputs=description.inputs,
+        single=description.single,
         outputs=description.outputs,
         max_batch_size=description.max_batch_size,
         decoupled=description.decoupled,
@@ -543,8 +574,15 @@ def _stop(asked: Parameters) -> tuple[str, ...]:
 
 def _wants_own_logprobs(call: Call) -> bool:
     """Whether a text completion asks for `logprobs: 0`, the tokens' own without alternatives."""
-    raw = call.request.fields.get("logprobs")
-    return call.request.operation == "text_completion" and raw is not None and bytes(raw) == b"0"
+    return call.request.operation == "text_completion" and _raw(call, "logprobs") == b"0"
+
+
+def _raw(call: Call, field: str) -> bytes:
+    return bytes(call.request.fields.get(field, b""))
+
+
+def _rejected(message: str, *, param: str | None, code: str) -> RequestRejected:
+    return RequestRejected(message, param=param, code=code, error_type="invalid_request_error")
 
 
 def _fresh_call_id() -> str:

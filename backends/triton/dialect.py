@@ -11,6 +11,7 @@ triton-inference-server/tensorrtllm_backend.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -107,7 +108,12 @@ _INTEGERS = {
 }
 """Per Triton datatype: how a value is packed, and its range."""
 
-_FLOATS = {"FP16": "<e", "FP32": "<f", "FP64": "<d"}
+_FLOATS = {
+    "FP16": ("<e", 65_504.0),
+    "FP32": ("<f", (2 - 2**-23) * 2.0**127),
+    "FP64": ("<d", sys.float_info.max),
+}
+"""Per Triton datatype: how a value is packed, and the largest."""
 
 
 class IncompatibleModel(ValueError):
@@ -130,6 +136,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     inputs: Mapping[str, str]
     """Datatype by name."""
+    single: frozenset[str] = frozenset()
+    """Those that hold one value."""
     outputs: frozenset[str]
     batched: bool
     """Whether shapes begin with a batch dimension of 1."""
@@ -141,12 +149,16 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
     def takes(self, parameter: Parameter) -> bool:
         return self._name(parameter) in self.inputs
 
+    def takes_one(self, parameter: Parameter) -> bool:
+        """Whether several values cannot be said."""
+        return self._name(parameter) in self.single
+
     def name(self, parameter: Parameter) -> str:
         """The tensor's name, for messages; our own word where the dialect has none."""
         return self._name(parameter) or parameter
 
     def tensor(self, parameter: Parameter, value: Value) -> Tensor:
-        """The tensor that says `value`; an integer outside its datatype's range becomes the nearest in it."""
+        """The tensor that says `value`; a number outside its datatype's range becomes the nearest in it."""
         name = self._name(parameter)
         if name is None or name not in self.inputs:
             raise LookupError(f"this model has no tensor for {parameter}")
@@ -178,6 +190,7 @@ def read_dialect(
     max_batch_size: int,
     decoupled: bool,
     parameters: Mapping[str, str],
+    single: frozenset[str] = frozenset(),
 ) -> Dialect:
     """The dialect that a model's metadata and configuration show. Raises `IncompatibleModel`.
 
@@ -196,6 +209,7 @@ def read_dialect(
     return Dialect(
         kind=kind,
         inputs=dict(inputs),
+        single=single,
         outputs=outputs,
         batched=max_batch_size > 0,
         decoupled=decoupled,
@@ -221,12 +235,17 @@ def _packer(name: str, datatype: str) -> Callable[[bool | int | float | str], by
     if datatype == "BOOL":
         return lambda value: b"\1" if value else b"\0"
     if datatype in _FLOATS:
-        form = _FLOATS[datatype]
-        return lambda value: struct.pack(form, float(value))
+        form, largest = _FLOATS[datatype]
+        # Clamped before it is a float: JSON has whole numbers that none can hold.
+        return lambda value: struct.pack(form, float(min(max(_number(value), -largest), largest)))
     if datatype in _INTEGERS:
         form, least, most = _INTEGERS[datatype]
         return lambda value: struct.pack(form, min(max(int(value), least), most))
     raise IncompatibleModel(f"tensor {name} is of {datatype}, which is not supported")
+
+
+def _number(value: bool | float | str) -> float:
+    return float(value) if isinstance(value, str) else value
 
 
 def _pack_text(value: bool | float | str) -> bytes:

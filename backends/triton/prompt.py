@@ -16,6 +16,9 @@ Json = dict[str, Any]
 
 _REASONING_EFFORT = "reasoning_effort"
 
+_PART_TYPES = frozenset({"text", "refusal", "image_url"})
+"""Parts of a message that a model may be shown. What else there is (sound, files) would be lost on the way to it."""
+
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked of the model, as text."""
@@ -58,12 +61,11 @@ class Prompter:
         return self._completion(request) if request.operation == "text_completion" else self._chat(request)
 
     def _completion(self, request: ChatRequest) -> Prompt:
-        if request.prompt is None:
-            raise FieldRefused("prompt", "this model takes a text, not tokens")
+        text = _one_text(_field(request, "prompt"))
         for field in ("suffix", "echo"):
             if _field(request, field):
                 raise FieldRefused(field, "this model only goes on from its prompt; remove it")
-        return Prompt(text=request.prompt)
+        return Prompt(text=text)
 
     def _chat(self, request: ChatRequest) -> Prompt:
         if self._template is None:
@@ -71,21 +73,24 @@ class Prompter:
         image_urls = self._image_urls(request)
         tools, names, forced = self._tools(request)
         messages = _messages_with_images(request) if image_urls else template_messages(request)
+        extra = self._extra(request, self._template)
         try:
-            text = self._template.render(messages, tools=tools, extra=self._extra(request))
+            text = self._template.render(messages, tools=tools, extra=extra)
         except TemplateFailed as error:
             raise FieldRefused("messages", str(error)) from error
         if self._bos_token:
             text = text.removeprefix(self._bos_token)
         return Prompt(text=text, image_urls=image_urls, tool_names=names, forced_schema=forced)
 
-    def _extra(self, request: ChatRequest) -> Mapping[str, Any]:
+    def _extra(self, request: ChatRequest, template: ChatTemplate) -> Mapping[str, Any]:
         """What the client hands to the template besides the conversation."""
         extra = _field(request, "chat_template_kwargs") or {}
         if not isinstance(extra, dict):
             raise FieldRefused("chat_template_kwargs", "expected an object")
+        if taken := sorted(template.reserved.intersection(extra)):
+            raise FieldRefused("chat_template_kwargs", f"it cannot set {', '.join(taken)}")
         if (effort := _field(request, _REASONING_EFFORT)) is not None:
-            if self._template is None or _REASONING_EFFORT not in self._template.source:
+            if _REASONING_EFFORT not in template.source:
                 raise FieldRefused(_REASONING_EFFORT, "this model's chat template knows no such thing; remove it")
             extra = {**extra, _REASONING_EFFORT: effort}
         return extra
@@ -94,33 +99,36 @@ class Prompter:
         """The tools for the template, the names the model may call, and the schema of a call it has to make."""
         tools = _field(request, "tools") or []
         choice = _field(request, "tool_choice")
+        if not tools and choice not in (None, "none", "auto"):
+            raise FieldRefused("tool_choice", "it demands a call, and there are no tools; offer some")
         if not tools or choice == "none":
             return None, frozenset(), None
         if self._tool_format is None:
             raise FieldRefused("tools", "this model cannot call tools")
-        functions = [tool for tool in tools if isinstance(tool, dict) and tool.get("type") == "function"]
-        if len(functions) < len(tools):
-            raise FieldRefused("tools", "this model calls functions only")
-        names = frozenset(tool["function"]["name"] for tool in functions)
-        return functions, names, self._forced(functions, names, choice, self._tool_format)
+        names = frozenset(map(_tool_name, tools))
+        return tools, names, self._forced(tools, names, choice, self._tool_format)
 
     def _forced(self, tools: Sequence[Json], names: frozenset[str], choice: Any, form: ToolFormat) -> Json | None:
-        match choice:
-            case None | "auto":
-                return None
-            case "required":
-                return forced_call_schema(tools, name=None, format=form)
-            case {"type": "function", "function": {"name": str(name)}} if name in names:
-                return forced_call_schema(tools, name=name, format=form)
+        try:
+            match choice:
+                case None | "auto":
+                    return None
+                case "required":
+                    return forced_call_schema(tools, name=None, format=form)
+                case {"type": "function", "function": {"name": str(name)}} if name in names:
+                    return forced_call_schema(tools, name=name, format=form)
+        except (ValueError, RecursionError) as error:
+            raise FieldRefused("tools", f"a call of them cannot be demanded: {error}") from error
         raise FieldRefused("tool_choice", "expected none, auto, required, or a function that is among the tools")
 
     def _image_urls(self, request: ChatRequest) -> tuple[str, ...]:
-        if not request.has_images:
-            return ()
-        if not self._takes_images:
-            raise FieldRefused("messages", "this model takes text only, and there are images in the conversation")
         parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
-        return tuple(self._image_url(part) for part in parts if part.type == "image_url")
+        if others := sorted({part.type for part in parts}.difference(_PART_TYPES)):
+            raise FieldRefused("messages", f"this model takes no content of type {', '.join(others)}; leave it out")
+        images = [part for part in parts if part.type == "image_url"]
+        if images and not self._takes_images:
+            raise FieldRefused("messages", "this model takes text only, and there are images in the conversation")
+        return tuple(map(self._image_url, images))
 
     def _image_url(self, part: ContentPart) -> str:
         url = part.image_url.get("url") if isinstance(part.image_url, dict) else part.image_url
@@ -131,14 +139,36 @@ class Prompter:
         raise FieldRefused("messages", "send images inside the request, as data: URLs; this gateway fetches none")
 
 
+def _one_text(prompt: Any) -> str:
+    """The prompt of a text completion; a list of one text is one as well."""
+    match prompt:
+        case str(text) | [str(text)]:
+            return text
+        case []:
+            raise FieldRefused("prompt", "the list is empty")
+    raise FieldRefused("prompt", "this model takes a text, not tokens")
+
+
+def _tool_name(tool: Any) -> str:
+    """The name of a function that is offered. Raises `FieldRefused` for whatever else a client calls a tool."""
+    match tool:
+        case {"type": "function", "function": {"name": str(name), **function}} if name:
+            if not isinstance(function.get("parameters") or {}, dict):
+                raise FieldRefused("tools", f"the parameters of '{name}' are no JSON schema")
+            return name
+        case {"type": "function"}:
+            raise FieldRefused("tools", "a function needs a name, which is a text")
+    raise FieldRefused("tools", "this model calls functions only")
+
+
 def _messages_with_images(request: ChatRequest) -> list[Json]:
     """The messages as templates of vision models expect them: content as parts, an image as a place for one."""
-    fields: list[Json] = msgspec.json.decode(request.fields["messages"])
+    written: list[Json] = msgspec.json.decode(request.fields["messages"])
     return [
-        {**message, "content": [_part(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
+        {**message, "content": [_part(part) for part in fields["content"]]}
+        if isinstance(fields.get("content"), list)
         else message
-        for message in fields
+        for message, fields in zip(template_messages(request), written, strict=True)
     ]
 
 

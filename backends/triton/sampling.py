@@ -59,7 +59,14 @@ _NUMBERS: Mapping[str, tuple[Parameter, float]] = {
 }
 """Number fields, each with the value that stands for its absence. The last four are extensions that engines share."""
 
+_WHOLE = frozenset({"min_tokens", "top_k"})
+
 _GREEDY_TOP_K = 1
+
+_MOST_WORDS = 64
+_LONGEST_WORD_CHARS = 1_000
+"""Each response is searched for every stop sequence. OpenAI takes 4; so many of that length still take under a
+millisecond a response."""
 
 
 class FieldRefused(ValueError):
@@ -90,6 +97,8 @@ def parameters_of(request: ChatRequest, dialect: Dialect) -> Parameters:
 def _read(asked: Parameters, field: str, value: Any, operation: str) -> None:
     if field in _NUMBERS:
         parameter, absent = _NUMBERS[field]
+        if field in _WHOLE and value != int(_number(field, value)):
+            raise FieldRefused(field, "expected a whole number")
         if (number := _number(field, value)) != absent:
             asked[parameter] = number
     elif reader := _READERS.get(field):
@@ -130,6 +139,9 @@ def _words(parameter: Literal["stop", "bad_words"]) -> Callable[[Parameters, str
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
             raise FieldRefused(field, "expected a text or a list of texts, none of them empty")
+        if len(words) > _MOST_WORDS or max(map(len, words), default=0) > _LONGEST_WORD_CHARS:
+            most = f"at most {_MOST_WORDS} texts of {_LONGEST_WORD_CHARS:,} characters"
+            raise FieldRefused(field, f"expected {most}; send fewer or shorter ones")
         if words:
             asked[parameter] = words
 
@@ -168,7 +180,10 @@ def guide_by_schema(asked: Parameters, schema: Mapping[str, Any]) -> None:
 
 
 def _guided_json(asked: Parameters, field: str, value: Any) -> None:
-    schema = msgspec.json.decode(value) if isinstance(value, str) else value
+    try:
+        schema = msgspec.json.decode(value) if isinstance(value, str) else value
+    except msgspec.DecodeError:
+        schema = None
     if not isinstance(schema, dict):
         raise FieldRefused(field, "expected a JSON schema")
     guide_by_schema(asked, schema)

@@ -33,7 +33,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # gRPC's own back-off grows to two minutes; a server that comes back is to be used at once.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name this is what an attempt to connect may take: a TLS handshake across a continent takes 300 ms.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # A host that vanished sends no reset: ask it, but not more often than Triton lets a client.
     ("grpc.keepalive_time_ms", 30_000),
@@ -72,6 +73,8 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 
     inputs: Mapping[str, str]
     """Datatype by name."""
+    single: frozenset[str]
+    """The inputs that hold one value."""
     outputs: frozenset[str]
     max_batch_size: int
     decoupled: bool
@@ -162,6 +165,7 @@ class TritonServer:
         config = answer.config
         return ModelDescription(
             inputs={tensor.name: tensor.datatype for tensor in metadata.inputs},
+            single=frozenset(tensor.name for tensor in metadata.inputs if list(tensor.shape[-1:]) == [1]),
             outputs=frozenset(tensor.name for tensor in metadata.outputs),
             max_batch_size=config.max_batch_size,
             decoupled=config.model_transaction_policy.decoupled,
@@ -226,6 +230,10 @@ class TritonServer:
             return RequestRejected(said, code="context_length_exceeded", param="messages")
         return kind(said, backend=self._backend, model=self._model)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def unreachable(self) -> BackendUnreachable:
         return self._unreachable("the backend was closed during the call")
 
@@ -241,6 +249,10 @@ class TritonServer:
             return await call(self._stub)
         except grpc.aio.AioRpcError as error:
             raise self.error(error) from error
+        except asyncio.CancelledError:
+            if self._closed and not _is_cancelled(asyncio.current_task()):  # as in `Inference.next`
+                raise self.unreachable() from None
+            raise
 
     def _open(self) -> grpc.aio.Channel:
         if self._closed:
@@ -288,7 +300,7 @@ class Inference:
             raise self._server.error(error) from error
         except asyncio.CancelledError:
             # gRPC reports a call that was cut under its reader as the reader's own cancellation.
-            if self._cut and not _is_cancelled(asyncio.current_task()):
+            if (self._cut or self._server.is_closed) and not _is_cancelled(asyncio.current_task()):
                 raise self._server.unreachable() from None
             raise
         if message.error_message:

@@ -16,6 +16,8 @@ from backends.triton.reading import Deltas, PromptEcho, StopScanner, TokenCount,
 
 Json = dict[str, Any]
 
+_LEAST_LOG_PROB = -9_999.0
+
 _encode = msgspec.json.encode
 
 
@@ -85,7 +87,8 @@ class Telling:
     """One answer on its way: `tell` each response, then `close`.
 
     `max_tokens` is what the model was allowed: an engine that does not say why it ended has ended for that reason when
-    it used it up. After `is_over` further responses are of no interest: the answer has reached a stop sequence.
+    it used it up. After `is_over` further responses are of no interest: the answer has reached a stop sequence, or with
+    `one_call` a second tool call, which is not told.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Telling:
         wants_log_probs: bool,
         tokenizer: Tokenizer | None,
         max_tokens: int,
+        one_call: bool = False,
     ) -> None:
         self._frames = frames
         self._deltas = Deltas(cumulative)
@@ -109,6 +113,9 @@ class Telling:
         self._parser = parser
         self._log_probs = _LogProbs(tokenizer) if wants_log_probs else None
         self._max_tokens = max_tokens
+        self._one_call = one_call
+        self._called_enough = False
+        self._beside_text: list[Json] = []
         self._count = TokenCount()
         self._finish_reason: str | None = None
         self._last = Told("")
@@ -116,11 +123,12 @@ class Telling:
         self.prompt_tokens: int | None = None
         """As the engine told."""
         self.text: list[str] = []
-        """All text that the model made, stop sequences included: what tokens are counted from where none are told."""
+        """All text that the model made, stop sequences included, an echo of the prompt not: what tokens are counted
+        from where none are told."""
 
     @property
     def is_over(self) -> bool:
-        return self._scanner.stopped
+        return self._scanner.stopped or self._called_enough
 
     @property
     def is_complete(self) -> bool:
@@ -144,16 +152,19 @@ class Telling:
         self._count.add(told.completion_tokens if told.completion_tokens is not None else len(told.log_probs))
         self._finish_reason = told.finish_reason or self._finish_reason
         new = self._deltas.feed(told.text)
+        if self._echo is not None:
+            new = self._echo.feed(new)
         if self._log_probs is not None:
             self._log_probs.add(new, told)
         return events + self._pass_on(new)
 
     def close(self, completion_tokens: int | None, usage: Usage | None) -> list[Event]:
         """The events at the end. `completion_tokens` as told or counted; None where unknown, as `usage` may be."""
-        events = [] if self.is_over else self._pass_on(self._deltas.close(self._last.text))
+        rest = "" if self.is_over else self._deltas.close(self._last.text)
         if self._echo is not None:
-            events += self._show(self._scanner.feed(self._echo.close()))
-        events += self._show(self._scanner.close(), last=True)
+            rest = self._echo.feed(rest) + self._echo.close()
+        events = self._pass_on(rest)
+        events += self._show(self._scanner.close(), last=not self.is_over)
         if self._parser is not None:
             events += self._pieces(self._parser.close())
         events.append(self._frames.finish(self._reason(completion_tokens)))
@@ -161,22 +172,29 @@ class Telling:
 
     def _pass_on(self, new: str) -> list[Event]:
         self.text.append(new)
-        return self._show(self._scanner.feed(new if self._echo is None else self._echo.feed(new)))
+        return self._show(self._scanner.feed(new))
 
     def _show(self, text: str, *, last: bool = False) -> list[Event]:
         log_probs = self._log_probs.up_to(len(text), last=last) if self._log_probs is not None else ()
         if self._parser is not None:
+            self._beside_text += log_probs
             return self._pieces(self._parser.feed(text)) if text else []
         return [self._frames.text(text, log_probs)] if text or log_probs else []
 
     def _pieces(self, pieces: Sequence[Piece]) -> list[Event]:
-        return [self._piece(piece) for piece in pieces]
+        if self._one_call and not self._called_enough:
+            second = next((at for at, piece in enumerate(pieces) if isinstance(piece, CallStart) and piece.index), None)
+            self._called_enough = second is not None
+            return [self._piece(piece) for piece in pieces[:second]]
+        return [] if self._called_enough else [self._piece(piece) for piece in pieces]
 
     def _piece(self, piece: Piece) -> Event:
         match piece:
             case Text(text):
-                return self._frames.text(text, ())
+                log_probs, self._beside_text = self._beside_text, []
+                return self._frames.text(text, log_probs)
             case CallStart(index, call_id, name):
+                self._beside_text = []  # OpenAI gives those of content only
                 function = {"name": name, "arguments": ""}
                 return self._frames.tool_call({"index": index, "id": call_id, "type": "function", "function": function})
             case CallArguments(index, text):
@@ -184,7 +202,7 @@ class Telling:
 
     def _reason(self, completion_tokens: int | None) -> str:
         used_up = completion_tokens is not None and completion_tokens >= self._max_tokens
-        if self._finish_reason == "length" or (self._finish_reason is None and used_up and not self.is_over):
+        if not self.is_over and (self._finish_reason == "length" or (self._finish_reason is None and used_up)):
             return "length"
         if self._parser is not None and self._parser.found:
             return "tool_calls"
@@ -205,6 +223,8 @@ class _LogProbs:
         if told.completion_tokens is not None and len(log_probs) > told.completion_tokens > 0:
             log_probs = log_probs[-told.completion_tokens :]  # an engine that repeats those of the tokens before
         for token, log_prob in zip(self._tokens(new, len(log_probs)), log_probs, strict=True):
+            # OpenAI's own word for a token that could not have come; JSON has no infinity.
+            log_prob = max(_LEAST_LOG_PROB, log_prob)
             entry = {"token": token, "logprob": log_prob, "bytes": list(token.encode()), "top_logprobs": []}
             self._waiting.append((self._arrived, entry))
             self._arrived += len(token)

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import tokenizers
+from msgspec import Raw
 from msgspec.structs import replace
 
 from backends.backend import Timeouts
@@ -28,7 +36,7 @@ from backends.errors import (
 )
 from backends.load_signals import MetricsPage
 from backends.openai_http import new_session
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import ASK_WITHIN_S, TritonBackend, TritonModel
 from backends.triton.server import TritonServer as Server
 from tests.calls import collect, collect_into, make_call, texts_of, whole_of
 from tests.triton import TritonServer
@@ -632,3 +640,196 @@ async def test_a_closed_backend_cuts_what_is_in_flight(triton: TritonServer, bac
     with pytest.raises(BackendUnreachable):
         await answering
     await asyncio.to_thread(triton.event, "cancelled", request_id="closed")
+
+
+async def test_a_second_image_is_refused_where_the_model_has_place_for_one(
+    triton: TritonServer, backends: MakeBackend
+) -> None:
+    """Triton would find fault with the tensor's shape, which looks as if the gateway had asked wrongly."""
+    messages = [*_with_image(IMAGE), *_with_image(IMAGE)]
+    with pytest.raises(RequestRejected, match="one image a request, not 2") as refused:
+        await collect(backends(triton, "vision"), make_call(messages=messages))
+    assert refused.value.param == "messages"
+    await collect(backends(triton, "llmapi"), replace(make_call(messages=messages), request_id="two-images"))
+    assert triton.event("received", request_id="two-images")["tensors"]["image_url"]["shape"] == [2]
+
+
+async def test_a_request_that_is_nested_too_deeply_for_us_is_the_clients_fault(
+    triton: TritonServer, backends: MakeBackend
+) -> None:
+    call = make_call()
+    request = replace(call.request, fields={**call.request.fields, "logit_bias": Raw(b"[" * 5000 + b"]" * 5000)})
+    with pytest.raises(RequestRejected, match="nested too deeply"):
+        await collect(backends(triton, "bls"), replace(call, request=request))
+
+
+async def test_a_long_conversation_is_rendered_where_it_holds_up_nobody(triton: TritonServer) -> None:
+    rendered_in = []
+
+    def now() -> datetime:
+        rendered_in.append(threading.get_ident())
+        return datetime.now(UTC)
+
+    model = TritonModel(name="bls", chat_template="{{ strftime_now('%Y') }}{{ messages[0].content }}")
+    backend = TritonBackend("a", Server(f"grpc://{triton.grpc_address}", backend="a", model="bls"), model, now=now)
+    try:
+        for size in (10, 100_000):
+            await collect(backend, make_call(messages=[{"role": "user", "content": "x" * size}]))
+        assert [ident == threading.get_ident() for ident in rendered_in] == [True, False]
+    finally:
+        await backend.aclose()
+
+
+async def test_no_more_is_asked_than_the_context_window_leaves(
+    triton: TritonServer, backends: MakeBackend, tmp_path: Path
+) -> None:
+    """An engine that ends there, told to go on, would seem to have ended of its own accord."""
+    words = {word: number for number, word in enumerate(["?", "a", "b", "c"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 20}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    for adds_bos, left in ((True, 16), (False, 17)):
+        backend = backends(triton, "bls", folder=tmp_path, adds_bos=adds_bos)
+        for wanted, told in ((5, 5), (100, left), (None, left)):
+            call = make_call("text_completion", prompt="a b c", **({} if wanted is None else {"max_tokens": wanted}))
+            request_id = f"window-{adds_bos}-{wanted}"
+            await collect(backend, replace(call, request_id=request_id))
+            assert triton.event("received", request_id=request_id)["tensors"]["max_tokens"]["values"] == [told]
+
+
+async def test_an_answer_that_begins_as_its_prompt_does_is_not_cut(triton: TritonServer, backends: MakeBackend) -> None:
+    events = await collect(backends(triton, "llmapi_unary"), make_call("text_completion", prompt="Hello"))
+    assert texts_of(events, "text_completion") == ["Hello there!"]
+
+
+async def test_a_model_that_reached_a_stop_sequence_is_stopped_though_nobody_reads_on(
+    triton: TritonServer, backends: MakeBackend
+) -> None:
+    script = Script(pieces=["a", "STOP", *["x"] * 1000], delay_ms=5)
+    call = replace(make_call(stream=True, messages=says(script), stop="STOP"), request_id="reached-the-stop")
+    async with aclosing(backends(triton, "bls").answer(call)) as events:
+        async for event in events:
+            if event.choices and event.choices[0].finish_reason:
+                break
+        await asyncio.to_thread(triton.event, "cancelled", request_id="reached-the-stop")
+
+
+async def test_a_call_that_fails_late_does_not_have_the_model_looked_at_that_was_looked_at_since(
+    triton: TritonServer, backends: MakeBackend
+) -> None:
+    backend = backends(triton, "bls")
+    await backend.check(within_s=5)
+    before = len(triton.events("received", request_id="warm-up"))
+    late = Script(pieces=["a", Piece("b", garbage="no_text")], delay_ms=400)
+    failing = asyncio.get_running_loop().create_task(ask(backend, late, stream=True))
+    with pytest.raises(BackendProtocolError):
+        await ask(backend, Script(pieces=[Piece("a", garbage="no_text")]))
+    await ask(backend, Script())
+    assert len(triton.events("received", request_id="warm-up")) == before + 1
+    with pytest.raises(BackendProtocolError):
+        await failing
+    await ask(backend, Script())
+    assert len(triton.events("received", request_id="warm-up")) == before + 1
+
+
+async def test_a_model_folder_that_is_gone_is_said_and_used_again_once_it_is_back(
+    triton: TritonServer, running: MakeBackend, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    backend = running(triton, "bls", folder=folder)
+    await backend.check(within_s=5)
+    folder.rename(tmp_path / "away")
+    async with asyncio.timeout(5):
+        while backend.capabilities is not None:
+            await asyncio.sleep(0.02)
+    with pytest.raises(BackendProtocolError, match="is not a folder"):
+        await backend.check(within_s=5)
+    (tmp_path / "away").rename(folder)
+    async with asyncio.timeout(5):
+        while backend.capabilities is None:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_server_that_accepts_and_says_nothing_takes_the_connect_time_and_no_more(running: MakeBackend) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        silent: Any = SimpleNamespace(grpc_address=f"127.0.0.1:{listener.getsockname()[1]}")
+        backend = running(silent, "bls")
+        await asyncio.sleep(0)  # `run` is on its way, and waits longer than a call does
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(BackendTimeout) as failure:
+            await collect(backend, make_call(timeouts=Timeouts(connect_s=0.3)))
+        assert failure.value.phase == "connect"
+        assert asyncio.get_running_loop().time() - began < 2
+        with pytest.raises(BackendTimeout):
+            async with asyncio.timeout(0.5):
+                await backend.check(within_s=0.5)
+
+
+async def test_a_server_far_away_is_reached(triton: TritonServer, backends: MakeBackend) -> None:
+    async def far(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server = await asyncio.open_connection("127.0.0.1", triton.ports.grpc)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_carry(reader, server[1]))
+            group.create_task(_carry(server[0], writer))
+
+    async with await asyncio.start_server(far, "127.0.0.1", 0) as link:
+        address = f"127.0.0.1:{link.sockets[0].getsockname()[1]}"
+        backend = TritonBackend(
+            "a", Server(f"grpc://{address}", backend="a", model="bls"), TritonModel(name="bls", chat_template=CHATML)
+        )
+        try:
+            assert await ask(backend, Script())
+        finally:
+            await backend.aclose()
+
+
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while part := await reader.read(65_536):
+            await asyncio.sleep(0.15)
+            writer.write(part)
+    finally:
+        writer.close()
+
+
+@pytest.mark.slow
+async def test_while_a_model_is_warmed_up_it_says_so_and_closing_fails_who_waits_for_it(
+    start_triton: StartTriton, backends: MakeBackend
+) -> None:
+    server = await asyncio.to_thread(start_triton)
+    models = server.children()
+    for process in models:
+        process.suspend()  # the server still answers for its models, and they no more
+    try:
+        backend = backends(server, "bls")
+        waiting = asyncio.get_running_loop().create_task(collect(backend, make_call(within_s=30)))
+        with pytest.raises(BackendOverloaded, match="is being warmed up"):
+            async with asyncio.timeout(0.5):
+                await backend.check(within_s=0.5)
+        await backend.aclose()
+        await asyncio.wait([waiting], timeout=5)
+        assert not waiting.cancelled()
+        with pytest.raises(BackendUnreachable):
+            waiting.result()
+    finally:
+        for process in models:
+            process.resume()
+
+
+@pytest.mark.slow
+async def test_a_server_too_busy_to_be_asked_keeps_its_models_in_use(
+    start_triton: StartTriton, running: MakeBackend
+) -> None:
+    server = await asyncio.to_thread(start_triton)
+    backend = running(server, "bls")
+    await backend.check(within_s=5)
+    process = psutil.Process(server.pid)
+    process.suspend()
+    await asyncio.sleep(ASK_WITHIN_S + 0.5)
+    process.resume()
+    await ask(backend, Script())
+    assert len(server.events("received", request_id="warm-up")) == 1

@@ -49,6 +49,41 @@ def test_a_url_that_no_path_can_follow_is_a_mistake(tmp_path: Path, end: str) ->
     assert "write the rest as query" in mistake.remedy
 
 
+TRITON = """\
+name: triton
+backends:
+  t: {kind: triton, url: "grpcs://h:8001", model: ensemble, tls: {server_name: h}}
+models:
+  m: {backends: [t], context_window: 2048}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "message"),
+    [
+        (("h:8001", "h"), "backends.t.url", "names no server"),
+        (("h:8001", "h:0"), "backends.t.url", "names no server"),
+        (("h:8001", "user@h:8001"), "backends.t.url", "names no server"),
+        (("h:8001", "h:8001?x"), "backends.t.url", "names no server"),
+        (("grpcs:", "grpc:"), "backends.t.tls", "the URL is not a grpcs:// one"),
+        (('url: "grpcs://h:8001"', "repository: ."), "backends.t.tls", "without TLS"),
+        (("model: ensemble", 'model: ""'), "backends.t.model", "folder"),
+    ],
+)
+def test_a_triton_that_could_not_be_spoken_to_is_a_mistake(
+    tmp_path: Path, change: tuple[str, str], path: str, message: str
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(TRITON)
+    load_policy(policy, {})
+    assert change[0] in TRITON
+    policy.write_text(TRITON.replace(*change, 1))
+    with pytest.raises(PolicyError) as refused:
+        load_policy(policy, {})
+    [mistake] = refused.value.mistakes
+    assert (mistake.path, message in mistake.message) == (path, True), mistake
+
+
 TASKS = """\
 name: tasks
 backends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,17 @@ def test_a_value_is_packed_as_its_datatype_is(
 def test_an_integer_beyond_its_datatype_becomes_the_nearest_in_it(value: int) -> None:
     packed = dialect_of(OLD).tensor("max_tokens", value).content
     assert struct.unpack("<I", packed)[0] == min(max(value, 0), 2**32 - 1)
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_number_beyond_its_datatype_becomes_the_nearest_in_it(datatype: str, sign: int) -> None:
+    """JSON has whole numbers that no float can hold."""
+    form = {"FP16": "<e", "FP32": "<f", "FP64": "<d"}[datatype]
+    dialect = dialect_of({**CURRENT, "temperature": datatype})
+    [packed] = struct.unpack(form, dialect.tensor("temperature", sign * 10**400).content)
+    assert math.isfinite(packed)
+    assert packed == sign * {"FP16": 65504.0, "FP32": 3.4028234663852886e38, "FP64": 1.7976931348623157e308}[datatype]
 
 
 def test_a_model_that_is_no_text_generator_is_refused_with_what_it_takes() -> None:

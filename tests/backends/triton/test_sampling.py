@@ -121,6 +121,13 @@ def test_what_changes_no_answer_asks_for_nothing(fields: dict[str, Any]) -> None
         ({"response_format": {"type": "picture"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, "response_format"),
         ({"best_of": 1.0}, "best_of"),
+        ({"top_k": 0.5}, "top_k"),
+        ({"min_tokens": 1.5}, "min_tokens"),
+        ({"guided_json": "no JSON"}, "guided_json"),
+        ({"guided_json": 5}, "guided_json"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop": "x" * 1_001}, "stop"),
+        ({"bad_words": ["x"] * 65}, "bad_words"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_by_its_name(fields: dict[str, Any], field: str) -> None:
