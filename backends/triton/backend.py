@@ -458,8 +458,7 @@ class TritonBackend:
         # A prompt has no more tokens than bytes: most need not be counted to be known to leave room for what is wanted.
         if wanted is not None and len(prompt.encode()) + wanted < window:
             return wanted
-        own = 1 if loaded.folder is not None and loaded.folder.bos_token and self._model.adds_bos else 0
-        left = window - own - await loaded.tokenizer.count_tokens(prompt)
+        left = window - await self._prompt_tokens(loaded, loaded.tokenizer, prompt)
         if left <= 0:
             raise FieldRefused(
                 "messages" if call.request.operation == "chat" else "prompt",
@@ -529,8 +528,13 @@ class TritonBackend:
         if completion is None:
             completion = await tokenizer.count_tokens("".join(telling.text))
         if prompt is None:
-            prompt = await tokenizer.count_tokens(ask.prompt.text)
+            prompt = await self._prompt_tokens(loaded, tokenizer, ask.prompt.text)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, estimated=True), completion
+
+    async def _prompt_tokens(self, loaded: _Loaded, tokenizer: Tokenizer, prompt: str) -> int:
+        """Tokens of a prompt, with the one that the engine puts first."""
+        own = 1 if loaded.folder is not None and loaded.folder.bos_token and self._model.adds_bos else 0
+        return own + await tokenizer.count_tokens(prompt)
 
     def _whole(self, events: Sequence[Event], call: Call) -> Event:
         """The answer in one piece."""

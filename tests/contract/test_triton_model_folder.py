@@ -105,7 +105,9 @@ async def test_where_the_engine_counts_nothing_its_tokenizer_does_and_the_usage_
     assert usage is not None
     assert usage.estimated
     assert usage.completion_tokens == tokenizer.count("".join(PIECES))
-    assert usage.prompt_tokens == tokenizer.count(f"<user>{said[0]['content']}<|im_end|><assistant>")
+    begin_token = 1  # which the engine adds
+    prompt = f"<user>{said[0]['content']}<|im_end|><assistant>"
+    assert usage.prompt_tokens == tokenizer.count(prompt) + begin_token
 
 
 async def test_an_answer_as_long_as_it_may_be_by_its_tokenizer_ended_for_its_length(
