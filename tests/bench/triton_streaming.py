@@ -1,6 +1,6 @@
 """What a streamed token of a Triton costs its reader: CPU µs of the client's process, by client, in interleaved rounds.
 
-    python -m tests.bench.triton_streaming [--rounds 5] [--tokens 64] [--requests 16]
+    python -m tests.bench.triton_streaming [--rounds 5] [--tokens 64] [--requests 16] [--plain-grpc]
 
 One real Triton plays a script without delays to each of
 
@@ -9,6 +9,8 @@ One real Triton plays a script without delays to each of
     grpc.aio       the stub's messages, not looked at: what gRPC itself takes
     tritonclient   the official client's `stream_infer`, texts by `as_numpy`
     aiohttp        `generate_stream` over HTTP, each event's JSON decoded: the least that a client can do
+
+gRPC is set as in a worker (`gateway.serve.GRPC_ENVIRONMENT`), with `--plain-grpc` as it comes.
 
 CPU is that of all threads of this process; Triton is another one. Requests are a part of it, by the tokens they have.
 The loop has a timer set throughout, as a gateway's always has, which costs every wait a little. Printed is the median
@@ -19,7 +21,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, closing
@@ -39,6 +43,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from backends.triton.backend import TritonBackend, TritonModel
 from backends.triton.dialect import Tensor
 from backends.triton.server import TritonServer as Connection
+from gateway.serve import GRPC_ENVIRONMENT
 from gateway.triton_install import SystemUnsupported, install
 from tests.calls import make_call
 from tests.triton import TritonServer
@@ -199,7 +204,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--plain-grpc", action="store_true")
     options = parser.parse_args()
+    if not options.plain_grpc and not GRPC_ENVIRONMENT.items() <= os.environ.items():
+        # gRPC has read its settings by now.
+        command = [sys.executable, "-m", "tests.bench.triton_streaming", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **GRPC_ENVIRONMENT})
     try:
         installation = install(LOCAL / "triton", print)
     except SystemUnsupported as reason:
