@@ -52,9 +52,7 @@ class SseParser:
             self._hold(piece)
             return []
         if self._partial:
-            piece = b"".join((*self._partial, piece))
-            self._size -= sum(map(len, self._partial))
-            self._partial.clear()
+            piece = self._partial_joined() + piece
         lines = piece.splitlines()
         rest = b"" if whole else lines.pop()
         frames = self._take(lines)
@@ -64,9 +62,15 @@ class SseParser:
 
     def close(self) -> list[Frame]:
         """The frame that the stream's end left without its blank line, if there is one. Its data may be cut short."""
-        lines = [b"".join(self._partial), b""]
+        rest = self._partial_joined()
+        return self._take([rest, b""]) or self._take([b""])
+
+    def _partial_joined(self) -> bytes:
+        """What was held of a line, held no longer: it counts again when it is taken."""
+        joined = b"".join(self._partial)
+        self._size -= len(joined)
         self._partial.clear()
-        return self._take(lines) or self._take([b""])
+        return joined
 
     def _hold(self, partial: bytes) -> None:
         self._partial.append(partial)
@@ -96,6 +100,7 @@ class SseParser:
                 self._event = line[6:].removeprefix(b" ")
             elif line == b"data":
                 self._data.append(b"")
+                self._grow(len(line))
             elif line.startswith(b"error:"):
                 self._data.append(line[6:].removeprefix(b" "))
                 self._event = b"error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import time
@@ -35,7 +36,8 @@ class ClientTls:
     `ca` (default: the system's authorities), `certificate` and `key` are PEM files. `server_name` is what the engine's
     certificate must be for where that is not the host of the URL. The files are read here, which blocks, and again when
     they have changed: connections that are new by then use what stands in them. Files that have become bad change
-    nothing. Raises `BadTlsFile`.
+    nothing. The system's authorities take 25 ms to read, so that happens at the first use, in a thread. Raises
+    `BadTlsFile`.
     """
 
     def __init__(
@@ -54,10 +56,17 @@ class ClientTls:
         self._clock = clock
         self._stamps = self._stamps_now()
         self._context = self._read()
+        self._lacks_system = ca is None
+        self._turn = asyncio.Lock()
         self._check_at = clock() + RECHECK_S
 
     async def context(self) -> ssl.SSLContext:
         """What a new connection is made with; another one after the files changed, so that no handshake sees both."""
+        if self._lacks_system:
+            async with self._turn:
+                if self._lacks_system:
+                    await anyio.to_thread.run_sync(self._context.load_default_certs, abandon_on_cancel=True)
+                    self._lacks_system = False
         if self._clock() >= self._check_at:
             self._check_at = self._clock() + RECHECK_S
             await anyio.to_thread.run_sync(self._refresh, abandon_on_cancel=True)
@@ -72,15 +81,19 @@ class ClientTls:
         if stamps == self._stamps:
             return
         try:
-            self._context = self._read()
+            context = self._read()
         except BadTlsFile:
             return  # half written perhaps: looked at again the next time
+        if self._ca is None:
+            context.load_default_certs()
+        self._context = context
         self._stamps = stamps
 
     def _stamps_now(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in (self._ca, self._certificate, self._key) if path is not None]
 
     def _read(self) -> ssl.SSLContext:
+        """The context, without the system's authorities."""
         context = _trusting(self._ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self._certificate is not None:
@@ -100,9 +113,9 @@ class ClientTls:
 
 
 def _trusting(ca: str | None) -> ssl.SSLContext:
-    if ca is None:
-        return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # asks for a certificate, and looks at the name in it
+    if ca is None:
+        return context
     _load("ca", ca, lambda: context.load_verify_locations(ca))
     return context
 

@@ -93,3 +93,15 @@ def test_frames_within_the_bound_never_add_up() -> None:
     for _ in range(50):
         assert parser.feed(b"data: " + b"x" * 60 + b"\n\n") == [Frame(b"x" * 60)]
         assert [frame for byte in b"data: " + b"x" * 60 + b"\n\n" for frame in parser.feed(bytes([byte]))]
+
+
+def test_a_last_frame_within_the_bound_is_not_counted_twice() -> None:
+    parser = SseParser(max_frame_bytes=100)
+    parser.feed(b"data: " + b"x" * 60)
+    assert parser.close() == [Frame(b"x" * 60)]
+
+
+def test_lines_without_data_count_too() -> None:
+    parser = SseParser(max_frame_bytes=100)
+    with pytest.raises(FrameTooLarge):
+        parser.feed(b"data\n" * 30)

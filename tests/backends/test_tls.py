@@ -55,6 +55,18 @@ async def test_an_engine_that_our_authority_vouches_for_is_answered_by(authority
     assert upstream.connections == 1
 
 
+async def test_the_systems_authorities_are_trusted_from_the_first_use_on(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.path))
+    tls = ClientTls(certificate=(ours := str(authority.issue("gateway"))), key=ours)
+    assert not tls._context.get_ca_certs()  # reading them when a policy is loaded would hold the event loop up
+    async with engine(authority.server(HOST), tls) as (_, backend):
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(backend)) for _ in range(2)]
+        assert [task.result() for task in asked] == [["x"], ["x"]]
+
+
 async def test_an_engines_metrics_are_read_from_whom_our_authority_vouches_for(authority: Authority) -> None:
     async with Upstream(authority.server(HOST)) as upstream:
         upstream.plays(*answers(b"vllm:num_requests_running 3\n"))
