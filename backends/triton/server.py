@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -56,7 +58,8 @@ _TOO_LONG = ("max_seq_len", "max_input_len", "maximum input length", "context si
 _SAID_BY_TRITON_ITSELF = ("[request id", "unexpected inference", "inference request", "expected ", "Request for")
 """How Triton's own check of a request begins to complain: then the tensors are not the model's, which is our fault."""
 
-_QUEUE_FULL = ("maximum queue size", "queue is full")
+_QUEUE_FULL = ("maximum queue size", "queue is full", "Request timeout expired")
+"""The last is Triton's word for a request that stood in its queue longer than the model's queue policy lets it."""
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,7 +268,8 @@ class TritonServer:
     def _new_channel(self) -> grpc.aio.Channel:
         if self._tls is None:
             return grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._tls.ca, self._tls.key, self._tls.certificate)
+        ca = self._tls.ca or _system_authorities()
+        credentials = grpc.ssl_channel_credentials(ca, self._tls.key, self._tls.certificate)
         name = self._tls.server_name
         options = _CHANNEL_OPTIONS + ((("grpc.ssl_target_name_override", name),) if name else ())
         return grpc.aio.secure_channel(self._address, credentials, options=options)
@@ -317,6 +321,12 @@ class Inference:
         """Make the reader fail with `BackendUnreachable`."""
         self._cut = True
         self._call.cancel()
+
+
+def _system_authorities() -> bytes | None:
+    """Whom OpenSSL trusts on this system: gRPC brings a list of its own. None where it has them in no one file."""
+    file = ssl.get_default_verify_paths().cafile
+    return Path(file).read_bytes() if file else None
 
 
 def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:

@@ -389,7 +389,8 @@ async def test_an_old_server_is_not_asked_for_codes_and_its_errors_are_known_by_
     triton: TritonServer, backends: MakeBackend
 ) -> None:
     """See `REAL_CODES_SINCE`: the server here is an old one."""
-    for error, kind in (("boom", BackendFailed), ("Exceeds maximum queue size", BackendOverloaded)):
+    full = ("Exceeds maximum queue size", "Request timeout expired")
+    for error, kind in (("boom", BackendFailed), *((error, BackendOverloaded) for error in full)):
         with pytest.raises(kind, match=error):
             await ask(backends(triton, "bls"), Script(error_after=1, error=error, code="UNAVAILABLE"))
 
