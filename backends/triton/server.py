@@ -30,6 +30,10 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Of one gRPC message, either way: images of a request, log probabilities of a whole answer."""
 
+KEEPALIVE_S = 310
+"""Triton ends a connection, and all that is on it, after three pings less than 300 s apart without an answer between
+them, as while a prompt waits or an answer in one piece is computed (`tritonserver --help`)."""
+
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -38,8 +42,9 @@ _CHANNEL_OPTIONS = (
     # Despite its name this is what an attempt to connect may take: a TLS handshake across a continent takes 300 ms.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # A host that vanished sends no reset: ask it, but not more often than Triton lets a client.
-    ("grpc.keepalive_time_ms", 30_000),
+    # A host that vanished sends no reset. While something is asked of it, which a watch does all the time, the kernel
+    # ends the connection when nothing was acknowledged for the time-out; a ping is for when nothing is.
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # Otherwise two channels to one address share a connection, and its back-off.
     ("grpc.use_local_subchannel_pool", 1),

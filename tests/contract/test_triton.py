@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -37,7 +39,9 @@ from backends.errors import (
 from backends.load_signals import MetricsPage
 from backends.openai_http import new_session
 from backends.triton.backend import ASK_WITHIN_S, TritonBackend, TritonModel
+from backends.triton.server import KEEPALIVE_S
 from backends.triton.server import TritonServer as Server
+from gateway.triton_install import Installation, Ports, triton_command
 from tests.calls import collect, collect_into, make_call, texts_of, whole_of
 from tests.triton import TritonServer
 from tests.triton_models import BLS, ENSEMBLE_OLD, LLMAPI, Piece, Script
@@ -768,6 +772,22 @@ async def test_a_server_that_accepts_and_says_nothing_takes_the_connect_time_and
         with pytest.raises(BackendTimeout):
             async with asyncio.timeout(0.5):
                 await backend.check(within_s=0.5)
+
+
+async def test_a_long_silence_is_broken_no_more_often_than_triton_lets_a_client(
+    triton_installation: Installation, tmp_path: Path
+) -> None:
+    """With pings every 30 s a stream that was silent for 150 s was ended by Triton: too_many_pings."""
+    ports = Ports(http=1, grpc=2, metrics=3)
+    command = triton_command(triton_installation, repository=tmp_path, ports=ports)
+    server = triton_installation.server / "bin" / "tritonserver"
+    told = await asyncio.to_thread(
+        subprocess.run, [server, "--help"], env=command.env, capture_output=True, text=True, check=False
+    )
+    option = (told.stdout + told.stderr).partition("--grpc-http2-min-recv-ping-interval-without-data")[2]
+    least_ms = re.search(r"Default is (\d+)", option)
+    assert least_ms is not None
+    assert int(least_ms[1]) < KEEPALIVE_S * 1000
 
 
 async def test_a_server_far_away_is_reached(triton: TritonServer, backends: MakeBackend) -> None:
