@@ -57,6 +57,8 @@ REAL_CODES_SINCE = (2, 57)
 """The first version (25.04) that is asked for codes. Older ones crash where an error meets a cancellation: 2.51 did
 within 3 tries with codes, and in none of 60 without (triton-inference-server/server issues 7368 and 8034)."""
 
+TOO_LONG_CODE = "context_length_exceeded"
+
 _TOO_LONG = ("max_seq_len", "max_input_len", "maximum input length", "context size", "context length")
 """How TensorRT-LLM and llama.cpp say that a prompt does not fit; Triton gives no code for it."""
 
@@ -211,7 +213,7 @@ class TritonServer:
         code, said = error.code(), error.details() or "no reason given"
         who: dict[str, Any] = {"backend": self._backend, "model": self._model}
         if any(words in said for words in _TOO_LONG):
-            return RequestRejected(said, code="context_length_exceeded", param="messages", **who)
+            return RequestRejected(said, code=TOO_LONG_CODE, **who)
         match code:
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.RESOURCE_EXHAUSTED:
                 is_full = code is grpc.StatusCode.RESOURCE_EXHAUSTED or any(words in said for words in _QUEUE_FULL)
@@ -235,7 +237,7 @@ class TritonServer:
         elif any(words in said for words in _QUEUE_FULL):
             kind = BackendOverloaded
         elif any(words in said for words in _TOO_LONG):
-            return RequestRejected(said, code="context_length_exceeded", param="messages")
+            return RequestRejected(said, code=TOO_LONG_CODE)
         return kind(said, backend=self._backend, model=self._model)
 
     @property

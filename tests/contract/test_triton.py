@@ -400,13 +400,15 @@ async def test_an_old_server_is_not_asked_for_codes_and_its_errors_are_known_by_
 
 
 @pytest.mark.parametrize("real_codes", [True, False])
+@pytest.mark.parametrize(("operation", "param"), [("chat", "messages"), ("text_completion", "prompt")])
 async def test_a_prompt_that_is_too_long_is_the_clients_fault(
-    triton: TritonServer, backends: MakeBackend, real_codes: bool
+    triton: TritonServer, backends: MakeBackend, real_codes: bool, operation: Any, param: str
 ) -> None:
-    said = "Prompt length (5000) exceeds maximum input length (4096)"
+    script = Script(error_after=0, error="Prompt length (5000) exceeds maximum input length (4096)")
+    said = {"messages": says(script)} if operation == "chat" else {"prompt": str(script)}
     with pytest.raises(RequestRejected) as refused:
-        await ask(backends(triton, "bls", real_codes=real_codes), Script(error_after=0, error=said))
-    assert refused.value.code == "context_length_exceeded"
+        await collect(backends(triton, "bls", real_codes=real_codes), make_call(operation, **said))
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
     assert not refused.value.upstream_fault
 
 
