@@ -424,8 +424,10 @@ class TritonBackend:
                 raise FieldRefused("messages", f"this model takes one image a request, not {len(prompt.image_urls)}")
         except FieldRefused as error:
             raise _rejected(str(error), param=error.field, code=error.code) from error
-        except RecursionError as error:
-            raise _rejected("the request is nested too deeply", param=None, code="invalid_json") from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            # The door reads some fields only; nobody has looked at what is in the others.
+            why = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+            raise _rejected(f"the request is {why}", param=None, code="invalid_json") from error
         stops = dict.fromkeys((*_stop(asked), *self._model.stop, *(loaded.folder.stop if loaded.folder else ())))
         asked["stop"] = tuple(stops)
         asked["max_tokens"] = max_tokens

@@ -661,12 +661,15 @@ async def test_a_second_image_is_refused_where_the_model_has_place_for_one(
     assert triton.event("received", request_id="two-images")["tensors"]["image_url"]["shape"] == [2]
 
 
-async def test_a_request_that_is_nested_too_deeply_for_us_is_the_clients_fault(
-    triton: TritonServer, backends: MakeBackend
+@pytest.mark.parametrize(
+    ("raw", "why"), [(b"[" * 5000 + b"]" * 5000, "nested too deeply"), (rb'{"\ud800": 1}', "not valid JSON")]
+)
+async def test_a_field_that_nobody_can_read_is_the_clients_fault(
+    triton: TritonServer, backends: MakeBackend, raw: bytes, why: str
 ) -> None:
     call = make_call()
-    request = replace(call.request, fields={**call.request.fields, "logit_bias": Raw(b"[" * 5000 + b"]" * 5000)})
-    with pytest.raises(RequestRejected, match="nested too deeply"):
+    request = replace(call.request, fields={**call.request.fields, "logit_bias": Raw(raw)})
+    with pytest.raises(RequestRejected, match=why):
         await collect(backends(triton, "bls"), replace(call, request=request))
 
 
