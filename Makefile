@@ -9,18 +9,20 @@ PYTHONS = $(PYTHON) python3.13 python3.12 python3.11 python3 python
 # A half-made virtual environment is no virtual environment.
 .DELETE_ON_ERROR:
 
-.PHONY: help run test test-all checks bench models triton clean packages-local packages-local,dev
+.PHONY: help run test test-all checks bench gpu-check models triton clean packages-local packages-local,dev
 
 help:
 	@echo "make run       two small real models behind Forebay on port 8080   (ARGS='--port 9000' and others)"
+	@echo "             BACKEND=triton: the same on a real Triton Inference Server"
 	@echo "make test      lint, types, import rule and the tests, without the slow ones"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     the measurements in tests/bench"
 	@echo "make triton    a Triton server for CPUs, into $(TRITON)   (Linux, Python 3.11 or 3.12)"
+	@echo "make gpu-check the suite of a live model on a Triton that serves one on a GPU   (TRITON_URL=grpc://host:8001)"
 	@echo "make clean     removes $(VENV) and caches; keeps the models and data in .forebay"
 
 run: $(VENV)/local.ready
-	@exec $(BIN)/forebay demo $(ARGS)
+	@exec $(BIN)/forebay demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
 test: checks
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -39,6 +41,11 @@ bench: $(VENV)/local,dev.ready
 	  module=$$(basename "$$file" .py); echo "== $$module"; $(BIN)/python -m "tests.bench.$$module" || exit 1; \
 	done
 
+# Make's own variables reach the suite under names of its own.
+gpu-check: $(VENV)/local,dev.ready
+	@$(if $(TRITON_URL),FOREBAY_CHECK_TRITON='$(TRITON_URL)') $(if $(BACKEND),FOREBAY_CHECK_BACKEND='$(BACKEND)') \
+	  $(BIN)/python -m tests.live.gpu_check
+
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
@@ -49,10 +56,10 @@ $(VENV)/%.ready: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 models: | $(BIN)/python
-	@$(BIN)/python -P gateway/demo_models.py $(MODELS)
+	@$(BIN)/python -m gateway.demo_models $(MODELS)
 
 triton: | $(BIN)/python
-	@$(BIN)/python -P gateway/triton_install.py $(TRITON)
+	@$(BIN)/python -m gateway.triton_install $(TRITON)
 
 # pip's own output is in the log; shown is that it moves, and what went wrong.
 packages-local packages-local,dev: packages-%: | $(BIN)/python

@@ -193,8 +193,9 @@ class Attempts:
         self._ejections.began(name)  # before anybody else can: of all who find a probe due, one makes it
         try:
             slot = await self._slots.acquire(name, flow, deadline=call.deadline)
-        except BaseException:
-            self._ejections.abandoned(name)
+        except BaseException as error:
+            if not isinstance(error, BackendError):  # that is noted as a failure
+                self._ejections.abandoned(name)
             raise
         asked_at = time.monotonic()
         events = target.backend.answer(call)

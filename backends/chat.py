@@ -93,8 +93,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     wants_logprobs: bool = False
     has_images: bool = False
     size_bytes: int = 0
-    """Size of the body after decompression, each image or sound in it counted as `MEDIA_BYTES`: what tokens are
-    estimated from."""
+    """Size of the body after decompression, each image or sound in it counted as `MEDIA_BYTES`, token ids to be
+    embedded as the text they stand for: what tokens are estimated from."""
 
     def with_fields(self, **changes: object) -> dict[str, msgspec.Raw]:
         """`fields` with `changes` encoded over them; a change to None removes the field."""

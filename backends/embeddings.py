@@ -1,7 +1,8 @@
 """Embeddings on the wire: what `input` may be, and an engine's answer brought to what was asked for.
 
-Engines differ: some ignore `encoding_format`, some leave out usage or indices, some give vectors in another order or
-write `null` where a number was lost. A client sees none of it: it gets what OpenAI would have sent, or an error.
+Engines differ: some ignore `encoding_format`, some leave out usage, indices or the model, some give vectors in another
+order or write `null` where a number was lost. A client sees none of it: it gets what OpenAI would have sent, or an
+error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
 import msgspec
@@ -23,7 +24,7 @@ from backends.errors import BackendProtocolError, RequestRejected
 from backends.tokens import BytesPerToken
 
 MAX_INPUTS = 2048
-"""OpenAI's bound on the texts of one request, and on the tokens of one input given as such."""
+"""OpenAI's bound on the inputs of one request. How long one of them may be, its model says."""
 
 INLINE_BYTES = 256 * 1024
 """A larger answer is read in a thread: 1 MB of numbers takes some 15 ms."""
@@ -56,8 +57,8 @@ def each_input(given: Input) -> Inputs:
     for place, item in enumerate(inputs):
         if not item:
             raise BadInput(f"has an empty entry at {place}; leave it out" if len(inputs) > 1 else "is empty")
-        if isinstance(item, list) and (len(item) > MAX_INPUTS or min(item) < 0):
-            raise BadInput(f"has an entry at {place} that is not {MAX_INPUTS} token ids at most, none below 0")
+        if isinstance(item, list) and min(item) < 0:
+            raise BadInput(f"has a token id below 0 in the entry at {place}")
     return inputs
 
 
@@ -89,7 +90,7 @@ async def read_embeddings(body: bytes, call: Call, backend: str) -> Event:
         if len(body) <= INLINE_BYTES:
             return _read(body, call, backend)
         return await anyio.to_thread.run_sync(_read, body, call, backend, abandon_on_cancel=True)
-    except (msgspec.DecodeError, _Malformed) as error:
+    except (msgspec.DecodeError, RecursionError, _Malformed) as error:
         message = f"the engine sent what are no embeddings: {error}"
         raise BackendProtocolError(message, backend=backend, model=call.model) from error
 
@@ -98,9 +99,12 @@ class _Malformed(Exception):
     pass
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    total_tokens: _Count | None = None
 
 
 class _Embedding(msgspec.Struct, frozen=True):
@@ -112,6 +116,7 @@ class _Embedding(msgspec.Struct, frozen=True):
 class _Answer(msgspec.Struct, frozen=True):
     data: list[_Embedding]
     object: str | None = None
+    model: str | None = None
     usage: _Usage | None = None
 
 
@@ -129,12 +134,13 @@ def _read(body: bytes, call: Call, backend: str) -> Event:
     _check_dimensions(embeddings, call, backend)
     if not (
         answer.object == "list"
+        and answer.model
         and all(item.index == place and item.object == "embedding" for place, item in enumerate(answer.data))
         and all(embedding.as_asked for embedding in embeddings)
         and not usage.estimated
         and answer.usage == _Usage(usage.prompt_tokens, usage.total_tokens)
     ):
-        body = _rewritten(body, [embedding.encoded() for embedding in embeddings], usage)
+        body = _rewritten(body, [embedding.encoded() for embedding in embeddings], answer.model or call.model, usage)
     return Event(raw=body, whole=True, usage=usage)
 
 
@@ -201,10 +207,11 @@ def _check_dimensions(vectors: Iterable[_Vector], call: Call, backend: str) -> N
         )
 
 
-def _rewritten(body: bytes, vectors: Sequence[msgspec.Raw], usage: Usage) -> bytes:
+def _rewritten(body: bytes, vectors: Sequence[msgspec.Raw], model: str, usage: Usage) -> bytes:
     """The answer with these vectors; what else it says on top is kept."""
     said: dict[str, Any] = dict(_fields.decode(body))
     said["object"] = "list"
+    said["model"] = model
     said["data"] = [{"object": "embedding", "index": place, "embedding": raw} for place, raw in enumerate(vectors)]
     told = _fields.decode(said["usage"]) if bytes(said.get("usage", b"null")) != b"null" else {}
     said["usage"] = {**told, "prompt_tokens": usage.prompt_tokens, "total_tokens": usage.total_tokens}

@@ -13,7 +13,8 @@ class _Record:
     failures: int = 0
     ejections: int = 0
     ejected_until: float = 0.0
-    probing: bool = False
+    probes: int = 0
+    """Attempts under way that decide: where nobody else is left there may be several."""
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class Ejections:
         record = self._records.get(name)
         if record is None or record.ejections == 0:
             return False
-        return record.probing or self.now() < record.ejected_until
+        return record.probes > 0 or self.now() < record.ejected_until
 
     def among(self, names: Sequence[str]) -> set[int]:
         """Indices of the ejected of `names`."""
@@ -62,13 +63,13 @@ class Ejections:
         """An attempt begins; after an ejection it is the probe that decides."""
         record = self._records.get(name)
         if record is not None and record.ejections and self.now() >= record.ejected_until:
-            record.probing = True
+            record.probes += 1
 
     def committed(self, name: str) -> None:
         """An attempt began to answer, which ends an ejection."""
         record = self._records.get(name)
         if record is not None:
-            record.probing = False
+            record.probes = 0
             record.ejections = 0
             record.ejected_until = 0.0
 
@@ -82,13 +83,13 @@ class Ejections:
             self.abandoned(name)
             return False
         record = self._records.setdefault(name, _Record())
-        if not record.probing:
+        if not record.probes:
             if self.now() < record.ejected_until:
                 return False  # one of many that were under way: a single outage is a single ejection
             record.failures += 1
             if record.failures < self.threshold:
                 return False
-        record.probing = False
+        record.probes = 0
         record.failures = 0
         record.ejections += 1
         record.ejected_until = self.now() + min(self.base_s * 2 ** (record.ejections - 1), self.cap_s)
@@ -101,8 +102,8 @@ class Ejections:
     def abandoned(self, name: str) -> None:
         """An attempt ended without saying anything about the backend, such as by its client leaving."""
         record = self._records.get(name)
-        if record is not None:
-            record.probing = False
+        if record is not None and record.probes:
+            record.probes -= 1
 
 
 @dataclass(slots=True)

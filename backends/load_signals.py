@@ -19,6 +19,7 @@ import msgspec
 import yarl
 
 from backends.backend import Load
+from backends.tls import ClientTls, ConnectionSettings
 
 MAX_METRICS_BYTES = 2 * 1024 * 1024
 """How much of a page is read. vLLM with two data-parallel ranks writes some 450 kB."""
@@ -189,7 +190,8 @@ class MetricsUnreadable(Exception):
 class MetricsPage:
     """The metrics page at one URL, fetched once for all who read it. Raises ValueError for a bad URL.
 
-    `session` gives the session to fetch with, `headers` go with every request. `clock` is in seconds, monotonic.
+    `session` gives the session to fetch with, `headers` go with every request, `tls` is how the engine is known.
+    `clock` is in seconds, monotonic.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class MetricsPage:
         session: Callable[[], aiohttp.ClientSession],
         *,
         headers: Mapping[str, str] | None = None,
+        tls: ClientTls | None = None,
         within_s: float = READ_WITHIN_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -207,6 +210,7 @@ class MetricsPage:
         self._session = session
         # Compressing a page costs the engine more than sending it costs the network.
         self._headers = {"User-Agent": "forebay", "Accept-Encoding": "identity", **(headers or {})}
+        self._tls = tls
         self._within_s = within_s
         self._clock = clock
         self._turn = asyncio.Lock()
@@ -226,7 +230,9 @@ class MetricsPage:
         try:
             async with (
                 asyncio.timeout(self._within_s),
-                self._session().get(self.url, headers=self._headers, allow_redirects=False) as response,
+                self._session().get(
+                    self.url, headers=self._headers, allow_redirects=False, **await self._tls_settings()
+                ) as response,
             ):
                 if response.status != 200:
                     return MetricsUnreadable(f"HTTP {response.status}")
@@ -235,6 +241,9 @@ class MetricsPage:
             return MetricsUnreadable(f"no answer within {self._within_s:g} s")
         except Exception as error:  # noqa: BLE001 - a page that cannot be had is a fact, whatever the reason
             return MetricsUnreadable(str(error) or type(error).__name__)
+
+    async def _tls_settings(self) -> ConnectionSettings:
+        return {} if self._tls is None else await self._tls.settings()
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

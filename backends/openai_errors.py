@@ -82,9 +82,12 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 def read_error(body: bytes) -> ErrorDetail:
     """The detail in an error answer's body, whatever its shape; never raises."""
     try:
-        answer = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return _detail(msgspec.json.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ErrorDetail(message=body.decode(errors="replace").strip()[:_MAX_MESSAGE_CHARS])
+
+
+def _detail(answer: object) -> ErrorDetail:
     if isinstance(answer, list) and answer:
         answer = answer[0]
     if not isinstance(answer, dict):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import io
-import ssl
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -27,15 +26,19 @@ from backends.errors import (
     BackendProtocolError,
     BackendTimeout,
     BackendUnreachable,
+    RequestRejected,
 )
 from backends.load_signals import LoadSignals, MetricsPage
 from backends.openai_errors import error_by_cause, read_error, read_retry_after_s
 from backends.openai_quirks import AnswerReader
 from backends.sse import Frame, FrameTooLarge, SseParser
-from backends.tls import ClientTls
+from backends.tls import ClientTls, ConnectionSettings
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """The largest answer that is not streamed: 100k tokens with 20 log probabilities each stay below it."""
+
+MAX_EMBEDDINGS_BYTES = 64 * 1024 * 1024
+"""The largest answer of vectors: 2048 of 3072 dimensions take 34 MB in base64, and more than this as numbers."""
 
 _MAX_ERROR_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 4.0
@@ -75,8 +78,8 @@ class OpenAIBackend:
     header is ever forwarded. With `max_connections` a call that finds so many in use waits for one within its connect
     time, and is then `BackendOverloaded`; health checks come on top. `check` asks for `health_url`, by default the
     engine's list of models. `run` reads the engine's load from its Prometheus metrics at `metrics_url`, and
-    `metrics_note` is told whether that works (see `LoadSignals`); credentials go there only where it is the same host
-    and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
+    `metrics_note` is told whether that works (see `LoadSignals`); credentials and `tls` go there only where it is the
+    same host and port. `wall_clock` gives Unix time, for `retry-after` dates. Raises ValueError for a bad URL.
     """
 
     def __init__(
@@ -199,13 +202,16 @@ class OpenAIBackend:
 
     def _load_signals(self, url: str, note: Callable[[bool, str], None] | None) -> LoadSignals:
         is_ours = yarl.URL(url).origin() == self._health_url.origin()
-        page = MetricsPage(url, lambda: self._session_now(""), headers=self._headers if is_ours else None)
+        page = MetricsPage(
+            url,
+            lambda: self._session_now(""),
+            headers=self._headers if is_ours else None,
+            tls=self._tls if is_ours else None,
+        )
         return LoadSignals(page, model=self._upstream_model, in_flight=lambda: len(self._exchanges), note=note)
 
-    async def _tls_settings(self) -> _TlsSettings:
-        if self._tls is None:
-            return {}
-        return {"ssl": await self._tls.context(), "server_hostname": self._tls.server_name}
+    async def _tls_settings(self) -> ConnectionSettings:
+        return {} if self._tls is None else await self._tls.settings()
 
     def _session_now(self, model: str) -> aiohttp.ClientSession:
         if self._session is None and not self._closed:
@@ -213,13 +219,6 @@ class OpenAIBackend:
         if self._closed or self._session is None or self._session.closed:
             raise BackendUnreachable("the backend is closed", backend=self._name, model=model)
         return self._session
-
-
-class _TlsSettings(TypedDict, total=False):
-    """aiohttp's words for how a connection is made."""
-
-    ssl: ssl.SSLContext
-    server_hostname: str | None
 
 
 def _body(request: ChatRequest, model: str) -> bytes:
@@ -245,7 +244,7 @@ def _apart(frame: Frame) -> Sequence[Frame]:
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=msgspec.Raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return data == b"[DONE]"
     return True
 
@@ -313,7 +312,7 @@ class _Exchange:
         url: yarl.URL,
         body: bytes,
         headers: Mapping[str, str],
-        tls: _TlsSettings,
+        tls: ConnectionSettings,
     ) -> None:
         """Send the request and read the head of the answer. Raises the cause of one that is not 200."""
         phase, until = ("first_token", self._first_token_by) if self._call.request.stream else ("total", self._end)
@@ -335,7 +334,8 @@ class _Exchange:
 
     async def read_whole(self) -> Event:
         """The answer that comes in one piece."""
-        body = (self._begins_with + await self._read_body(MAX_ANSWER_BYTES, self._end)).strip()
+        most = MAX_EMBEDDINGS_BYTES if self._call.request.operation == "embeddings" else MAX_ANSWER_BYTES
+        body = (self._begins_with + await self._read_body(most, self._end)).strip()
         if (fault := _fault_of_a_whole(body)) is not None:
             raise self._protocol_error(fault)
         if self._call.request.operation != "embeddings":
@@ -359,7 +359,7 @@ class _Exchange:
             raise self._protocol_error(f"the engine sent {error}") from error
         except BackendError:
             # What can still come is a usage frame and `[DONE]`: an answer is not lost for want of them.
-            if self._is_complete:
+            if self._reader.is_complete:
                 return None
             raise
         self._at_end = True
@@ -382,8 +382,9 @@ class _Exchange:
         return event
 
     def check_complete(self) -> None:
-        """Raise unless every choice that began has finished, and one did."""
-        if not self._reader.begun or self._reader.begun - self._reader.finished:
+        """Raise unless every choice that began has finished, and all that were asked for or the engine said so."""
+        reader = self._reader
+        if not reader.begun or reader.begun - reader.finished or not (self._said_done or reader.is_complete):
             raise self._protocol_error("the answer broke off before its finish_reason")
 
     def closing_event(self) -> Event | None:
@@ -416,17 +417,12 @@ class _Exchange:
             raise AssertionError("an answer is read after its request is sent")
         return self._response.content
 
-    @property
-    def _is_complete(self) -> bool:
-        """Whether every choice that was asked for has finished."""
-        return len(self._reader.finished) >= max(self._call.request.n, len(self._reader.begun))
-
     def _clock(self) -> tuple[str, float]:
         """The phase that the next wait belongs to, and when it ends."""
         if not self._has_content:
             return "first_token", self._first_token_by
         idle_s = self._call.timeouts.idle_s
-        return "idle", self._loop.time() + (min(idle_s, _TRAILER_S) if self._is_complete else idle_s)
+        return "idle", self._loop.time() + (min(idle_s, _TRAILER_S) if self._reader.is_complete else idle_s)
 
     async def _wait(self, pending: Coroutine[object, object, _T], phase: str, until: float) -> _T:
         """Await `pending` until then at most, and turn what goes wrong into its cause."""
@@ -475,7 +471,7 @@ class _Exchange:
             pieces.append(piece)
             size += len(piece)
             if size > max_bytes:
-                raise self._protocol_error(f"the engine answered more than {max_bytes} bytes")
+                raise self._too_much(max_bytes)
         return b"".join(pieces)
 
     async def _drain(self) -> None:
@@ -499,6 +495,18 @@ class _Exchange:
             backend=self._backend,
             model=self._call.model,
             retry_after_s=read_retry_after_s(response.headers, self._wall_clock()),
+        )
+
+    def _too_much(self, max_bytes: int) -> BackendError:
+        if self._call.request.operation != "embeddings":
+            return self._protocol_error(f"the engine answered more than {max_bytes} bytes")
+        # How long this answer is, the request decides: no engine is at fault, and another would say as much.
+        return RequestRejected(
+            f"'input': the vectors take more than {max_bytes} bytes; send fewer texts at once, or ask for base64",
+            code="answer_too_large",
+            param="input",
+            backend=self._backend,
+            model=self._call.model,
         )
 
     def _protocol_error(self, message: str) -> BackendProtocolError:

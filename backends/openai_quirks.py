@@ -138,10 +138,13 @@ class _WholeText(Choice, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "content_filter"]
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _ToldUsage(WireUsage, frozen=True, kw_only=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    total_tokens: _Count
 
 
 class _CleanWhole(_CleanFrame, frozen=True, kw_only=True):
@@ -275,6 +278,11 @@ class AnswerReader:
         self.finished: set[int] = set()
         """Choices that have ended, and not gone on after it."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice that was asked for has finished."""
+        return len(self.finished) >= max(self._choices, len(self.begun))
+
     def read_frame(self, raw: bytes) -> Event | None:
         """The event in a frame; None for one that says nothing (yet)."""
         try:
@@ -283,7 +291,7 @@ class AnswerReader:
             frame = self._clean.decode(raw)
         except msgspec.ValidationError:
             return self._read_with_care(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._unreadable(error) from error
         if not frame.choices or frame.id != self._id or frame.model != self._model:
             return self._read_with_care(raw)
@@ -303,7 +311,7 @@ class AnswerReader:
             answer = clean.decode(raw)
         except msgspec.ValidationError:
             return self._read_whole_with_care(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self._unreadable(error) from error
         return Event(
             raw=raw,
@@ -543,6 +551,8 @@ class _ToolCalls:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._ids: list[str] = []
+        self._said: list[object] = []
+        """The ids by the engine's word, where two calls may have the same."""
         self._names: list[object] = []
         self._by_index: dict[int, int] = {}
 
@@ -574,13 +584,14 @@ class _ToolCalls:
     def _opening(self, piece: Json, function: object) -> Json:
         number = len(self._ids)
         told = {**piece, "index": number}
-        if not told.get("id"):
+        if not told.get("id") or told["id"] in self._ids:
             told["id"] = f"{self._prefix}_{number}"
         if not told.get("type"):
             told["type"] = "function"
         if isinstance(function, dict):
             told["function"] = function = _with_text_arguments(function)
         self._ids.append(told["id"])
+        self._said.append(piece.get("id"))
         self._names.append(function.get("name") if isinstance(function, dict) else None)
         if isinstance(index := piece.get("index"), int):
             self._by_index[index] = number
@@ -591,10 +602,13 @@ class _ToolCalls:
         index, said = piece.get("index"), piece.get("id")
         function = piece.get("function")
         name = function.get("name") if isinstance(function, dict) else None
-        if said in self._ids:
-            return self._ids.index(said)
+        number = self._by_index.get(index) if isinstance(index, int) else None
+        if said and said in self._said:
+            if number is not None and self._said[number] == said:
+                return number
+            opens = number is None and name and isinstance(index, int)
+            return None if opens else self._said.index(said)
         if isinstance(index, int):
-            number = self._by_index.get(index)
             if number is None or (name and (said or name != self._names[number] or _is_whole(function))):
                 return None
             return number
@@ -633,9 +647,11 @@ def _with_text_arguments(function: Json) -> Json:
 def _is_whole(function: Any) -> bool:
     """Whether a piece has all of a call's arguments, so that it goes on with no other."""
     arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return arguments is not None
     try:
-        return isinstance(arguments if isinstance(arguments, dict) else msgspec.json.decode(arguments or b""), dict)
-    except msgspec.DecodeError:
+        return isinstance(msgspec.json.decode(arguments), dict)
+    except (msgspec.DecodeError, RecursionError):
         return False
 
 

@@ -6,11 +6,19 @@ import os
 import ssl
 import time
 from collections.abc import Callable
+from typing import TypedDict
 
 import anyio.to_thread
 
 RECHECK_S = 10.0
 """How long a certificate that was replaced on disk may go unnoticed."""
+
+
+class ConnectionSettings(TypedDict, total=False):
+    """aiohttp's words for how a connection is made."""
+
+    ssl: ssl.SSLContext
+    server_hostname: str | None
 
 
 class BadTlsFile(ValueError):
@@ -54,6 +62,10 @@ class ClientTls:
             self._check_at = self._clock() + RECHECK_S
             await anyio.to_thread.run_sync(self._refresh, abandon_on_cancel=True)
         return self._context
+
+    async def settings(self) -> ConnectionSettings:
+        """What a request to the engine is made with."""
+        return {"ssl": await self.context(), "server_hostname": self.server_name}
 
     def _refresh(self) -> None:
         stamps = self._stamps_now()

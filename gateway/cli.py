@@ -31,6 +31,7 @@ from gateway.serve import Announcement, serve
 from gateway.settings import ENVIRONMENT_PREFIX, ResolvedSettings, SettingError, Settings, resolve_settings, shown
 from gateway.snapshot import UnknownModel
 from gateway.terminal import report, say, say_table
+from gateway.triton_install import TritonUnavailable
 from gateway.worker import run_worker
 from policies.interpolation import referenced
 from policies.load import load_policy, read_policy
@@ -40,7 +41,9 @@ from policies.secrets import RootSecretTooShort
 from policies.store import Store, StoreError
 from routing.decision import NoEligibleModel
 
-DEMO_POLICY = Path(__file__).parent.parent / "policies" / "demo.yaml"
+_POLICIES = Path(__file__).parent.parent / "policies"
+DEMO_POLICIES = {"llamacpp": _POLICIES / "demo.yaml", "triton": _POLICIES / "demo-triton.yaml"}
+"""By the engine that serves the demo's two models."""
 
 app = App(
     name="forebay",
@@ -93,6 +96,9 @@ def serve_command(
 @app.command
 def demo(
     *,
+    backend: Annotated[
+        Literal["llamacpp", "triton"], Parameter(help="What serves the models; triton is a real Triton on the CPU.")
+    ] = "llamacpp",
     port: Annotated[int | None, Parameter(help="Port to listen on; 0 picks a free one. Default: 8080")] = None,
     workers: Annotated[int | None, Parameter(help="Worker processes. Default: 1")] = None,
     data_dir: DataDir = None,
@@ -100,7 +106,9 @@ def demo(
     """Serve two real, tiny models on this machine, with a key and lines to paste. They prove the plumbing only."""
     from gateway import demo_models
 
-    resolved = resolve_settings({"policy": str(DEMO_POLICY), "port": port, "workers": workers, "data_dir": data_dir})
+    resolved = resolve_settings(
+        {"policy": str(DEMO_POLICIES[backend]), "port": port, "workers": workers, "data_dir": data_dir}
+    )
     models = resolved.settings.data_path.absolute() / "models"
     if status := demo_models.main([str(models)]):
         return status
@@ -208,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         StoreError,
     ) as error:
         sys.exit(_fail(str(error), status=2))
-    except (CannotListen, AlreadyRunning, OSError) as error:
+    except (CannotListen, AlreadyRunning, TritonUnavailable, OSError) as error:
         sys.exit(_fail(str(error), status=1))
 
 
@@ -221,7 +229,14 @@ def _serve(
     _note_unknown(resolved)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(
-            serve(resolved.settings, environment, on_event=_print_child_event, on_serving=on_serving, prepare=prepare)
+            serve(
+                resolved.settings,
+                environment,
+                on_event=_print_child_event,
+                on_serving=on_serving,
+                on_progress=lambda line: report(f"  triton   {line}"),
+                prepare=prepare,
+            )
         )
 
 

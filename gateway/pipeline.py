@@ -311,6 +311,8 @@ class Pipeline:
     ) -> Lookup:
         if bypass or context.cache_control.no_cache:
             return Miss(reason=bypass or "no_cache")
+        if request.operation == "embeddings":
+            return Miss(reason="embeddings")  # a vector stands for its own text, never for one that is like it
         return await self._semantic.lookup(context.tenant, request, scope, deadline=context.deadline)
 
     def _claim(self, tenant: Tenant, request: ChatRequest, decision: Decision, prompt_tokens: int) -> Amounts:
@@ -416,7 +418,8 @@ class Pipeline:
         kept = self._exact.store(context.tenant, key, entry, ttl_s=ttl_s)
         flight.land()
         self._recorder.stored(await kept)
-        await self._semantic.store(context.tenant, request, scope, entry, ttl_s=ttl_s)
+        if request.operation != "embeddings":
+            await self._semantic.store(context.tenant, request, scope, entry, ttl_s=ttl_s)
 
     async def _completion(
         self, request: ChatRequest, taken: _Taken, policy: ExactCachePolicy

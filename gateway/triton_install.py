@@ -1,4 +1,4 @@
-"""A Triton server for CPUs, fetched once from the Python package index: `python gateway/triton_install.py DIR`.
+"""A Triton server for CPUs, fetched once from the Python package index: `python -m gateway.triton_install DIR`.
 
 Runs on the bare standard library and asks pip for the files, as `gateway/demo_models.py` does. The server and its
 Python backend come out of the wheel of NVIDIA's PyTriton (Apache-2.0), which is the only one that carries them; the
@@ -17,15 +17,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-Report = Callable[[str], None]
-"""Takes one line of progress, for people."""
+from gateway.arriving import Report, arriving, megabytes
 
 CONSTRAINTS = Path(__file__).parents[1] / "deploy" / "triton" / "constraints.txt"
 """The exact version of everything that is installed."""
@@ -51,8 +48,6 @@ _ENDS_WITHIN_S = 5
 ends nor is cancelled it does not end at all, whatever it says."""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory is on Linux
-
-_PROGRESS_EVERY_S = 2.0
 
 
 class TritonUnavailable(Exception):
@@ -231,9 +226,9 @@ def _install(installation: Installation, library: Path, report: Report, constrai
     partial = Installation(installation.directory.with_name(".partial"))
     shutil.rmtree(partial.directory, ignore_errors=True)
     partial.directory.mkdir()
-    report(f"fetching {_megabytes(_DOWNLOAD_BYTES)} MB")
+    report(f"fetching {megabytes(_DOWNLOAD_BYTES)} MB")
     wheels = partial.directory / "wheels"
-    with _progress(wheels, report):
+    with arriving(wheels, _DOWNLOAD_BYTES, report):
         _fetch(wheels, constraints)
     report("unpacking")
     _pip("install", "--target", str(partial.directory / "server"), *_from(wheels), *_SERVER_PACKAGES)
@@ -314,40 +309,10 @@ def _pinned(constraints: Path) -> dict[str, str]:
     return {line.partition("==")[0]: line for line in lines if line}
 
 
-@contextmanager
-def _progress(wheels: Path, report: Report) -> Iterator[None]:
-    """Report how much has arrived, every few seconds, while the body runs."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_PROGRESS_EVERY_S):
-            report(f"{_megabytes(_arrived_bytes(wheels))} of {_megabytes(_DOWNLOAD_BYTES)} MB")
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watching.join()
-
-
-def _arrived_bytes(wheels: Path) -> int:
-    total = 0
-    for wheel in wheels.rglob("*.whl"):
-        with suppress(FileNotFoundError):  # pip has just moved it
-            total += wheel.stat().st_size
-    return total
-
-
-def _megabytes(size_bytes: int) -> int:
-    return size_bytes // 1_000_000
-
-
 def main(argv: Sequence[str]) -> int:
     """Install Triton below the directory named on the command line; the exit status is 0, 1 or 2 (usage)."""
     if len(argv) != 1:
-        sys.stderr.write("usage: triton_install.py DIRECTORY\n")
+        sys.stderr.write("usage: python -m gateway.triton_install DIRECTORY\n")
         return 2
 
     def report(line: str) -> None:

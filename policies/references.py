@@ -98,6 +98,9 @@ class _Check:
             self._mistake(path, f"needs exactly one of '{served}' and '{started}', has {which}", remedy, at_key=True)
 
     def _openai(self, path: Path, backend: OpenAIBackendSpec) -> None:
+        if "?" in backend.url or "#" in backend.url:
+            message = "has a query or a fragment, and paths are added at its end"
+            self._mistake((*path, "url"), message, "end it with the path, such as /v1, and write the rest as query")
         if backend.tls is not None and not backend.url.startswith("https://"):
             self._mistake((*path, "tls"), "the URL is not an https:// one", "write https://, or remove tls")
         if backend.api_key_header is not None and backend.api_key is None:

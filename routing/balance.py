@@ -58,9 +58,14 @@ class Affinity(msgspec.Struct, frozen=True):
     Conversations with one system prompt then part ways, and each still has one place."""
 
 
-def affinity_of(request: ChatRequest, *, tenant_id: str, model: str) -> Affinity:
-    """The affinity of a request: equal for all turns of a conversation, and never shared between tenants or models."""
+def affinity_of(request: ChatRequest, *, tenant_id: str, model: str) -> Affinity | None:
+    """The affinity of a request: equal for all turns of a conversation, and never shared between tenants or models.
+
+    None where it has no beginning to be found again: embeddings, several prompts at once, prompts of token ids.
+    """
     system, first = _head(request)
+    if not system and not first:
+        return None
     hashed = blake2b(f"{tenant_id}\0{model}\0{system[:_SYSTEM_CHARS]}".encode("utf-8", "replace"), digest_size=8)
     home = _position(hashed.digest())
     hashed.update(b"\0" + first[:_FIRST_CHARS].encode("utf-8", "replace"))

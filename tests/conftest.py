@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import anyio
 import pytest
 
 from gateway.demo_models import fetch_all
@@ -15,12 +16,23 @@ from tests.triton_models import write_llms, write_scripted
 from tests.valkey import Valkey
 
 _LOCAL = Path(__file__).parents[1] / ".forebay"
+_GRPC_REPORTS_WITHIN_S = 0.2
 _NO_TRITON = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
     return "asyncio", {"use_uvloop": True}
+
+
+@pytest.fixture(scope="module")
+async def one_loop() -> AsyncIterator[None]:
+    """One event loop for a module whose tests speak gRPC.
+
+    gRPC tells a loop of the end of a cancelled call a moment later, and must not find it closed.
+    """
+    yield
+    await anyio.sleep(_GRPC_REPORTS_WITHIN_S)
 
 
 @pytest.fixture(scope="session")

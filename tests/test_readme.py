@@ -7,15 +7,20 @@ from pathlib import Path
 
 from gateway.cli import app
 from policies.load import parse_policy
+from policies.routing_policy import TritonBackendSpec
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_policy_is_one() -> None:
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_its_policies_are_some(tmp_path: Path) -> None:
+    shown, triton = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     policy = parse_policy(shown.encode(), ROOT / "policies" / "shown.yaml", {"OPENAI_API_KEY": "sk-x"})
     assert policy.file.name == "production"
+    assert policy.warnings == ()
+    triton = "name: triton\n" + triton.replace("/models/Llama-3.1-8B", str(tmp_path))
+    policy = parse_policy(triton.encode(), tmp_path / "shown.yaml", {})
+    assert isinstance(policy.file.backends["llama-b"], TritonBackendSpec)
     assert policy.warnings == ()
 
 

@@ -355,32 +355,32 @@ class TritonBackend:
 
     async def _stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """The answer as the events of a stream, whatever the client asked for."""
-        clock = CallClock(call, self._name)
-        loaded, ask, inference, response = await self._begin(call, clock)
-        telling = self._telling(loaded, ask, call)
-        try:
-            while response is not None:
-                for event in telling.tell(read_response(response, loaded.dialect)):
+        with CallClock(call, self._name) as clock:
+            loaded, ask, inference, response = await self._begin(call, clock)
+            telling = self._telling(loaded, ask, call)
+            try:
+                while response is not None:
+                    for event in telling.tell(read_response(response, loaded.dialect)):
+                        yield event
+                        if event.has_content:
+                            clock.began()
+                    if telling.is_over:
+                        self._end(inference)  # before anything that waits: the model has nothing more to say
+                        break
+                    response = await clock.wait(inference.next())
+                if not telling.is_complete:
+                    raise self._protocol_error("the answer broke off before its end")
+                usage, completion_tokens = await self._usage(loaded, ask, telling)
+                for event in telling.close(completion_tokens, usage):
                     yield event
-                    if event.has_content:
-                        clock.began()
-                if telling.is_over:
-                    self._end(inference)  # before anything that waits: the model has nothing more to say
-                    break
-                response = await clock.wait(inference.next())
-            if not telling.is_complete:
-                raise self._protocol_error("the answer broke off before its end")
-            usage, completion_tokens = await self._usage(loaded, ask, telling)
-            for event in telling.close(completion_tokens, usage):
-                yield event
-        except UnreadableResponse as error:
-            self._forget(loaded)
-            raise self._protocol_error(str(error)) from error
-        except _DOUBTFUL:
-            self._forget(loaded)
-            raise
-        finally:
-            self._end(inference)
+            except UnreadableResponse as error:
+                self._forget(loaded)
+                raise self._protocol_error(str(error)) from error
+            except _DOUBTFUL:
+                self._forget(loaded)
+                raise
+            finally:
+                self._end(inference)
 
     async def _begin(self, call: Call, clock: CallClock) -> tuple[_Loaded, _Ask, Inference, Response | None]:
         """Ask the model, and await its first response; once more where it turns out to have been reloaded."""
@@ -462,8 +462,7 @@ class TritonBackend:
         # A prompt has no more tokens than bytes: most need not be counted to be known to leave room for what is wanted.
         if wanted is not None and len(prompt.encode()) + wanted < window:
             return wanted
-        own = 1 if loaded.folder is not None and loaded.folder.bos_token and self._model.adds_bos else 0
-        left = window - own - await loaded.tokenizer.count_tokens(prompt)
+        left = window - await self._prompt_tokens(loaded, loaded.tokenizer, prompt)
         if left <= 0:
             raise FieldRefused(
                 _said_in(call.request),
@@ -533,8 +532,13 @@ class TritonBackend:
         if completion is None:
             completion = await tokenizer.count_tokens("".join(telling.text))
         if prompt is None:
-            prompt = await tokenizer.count_tokens(ask.prompt.text)
+            prompt = await self._prompt_tokens(loaded, tokenizer, ask.prompt.text)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, estimated=True), completion
+
+    async def _prompt_tokens(self, loaded: _Loaded, tokenizer: Tokenizer, prompt: str) -> int:
+        """Tokens of a prompt, with the one that the engine puts first."""
+        own = 1 if loaded.folder is not None and loaded.folder.bos_token and self._model.adds_bos else 0
+        return own + await tokenizer.count_tokens(prompt)
 
     def _whole(self, events: Sequence[Event], call: Call) -> Event:
         """The answer in one piece."""

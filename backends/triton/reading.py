@@ -7,7 +7,7 @@ engine repeats (`PromptEcho`), up to the first stop sequence (`StopScanner`); to
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -48,7 +48,7 @@ def read_response(response: Response, dialect: Dialect) -> Told:
     if "text_output" not in tensors:
         raise UnreadableResponse("the engine sent a response without text_output")
     return Told(
-        text=next(_texts(tensors, "text_output"), ""),
+        text=_text(tensors, "text_output"),
         log_probs=_floats(tensors, "output_log_probs"),
         prompt_tokens=_integer(tensors, "num_input_tokens"),
         completion_tokens=_integer(tensors, "num_output_tokens"),
@@ -57,7 +57,7 @@ def read_response(response: Response, dialect: Dialect) -> Told:
 
 
 def _finish_reason(tensors: Mapping[str, tuple[str, bytes]]) -> str | None:
-    said = next(_texts(tensors, "finish_reason"), "")
+    said = _text(tensors, "finish_reason")
     if said in _UNFINISHED:
         return None
     if (reason := _FINISH_REASONS.get(said)) is None:
@@ -65,18 +65,17 @@ def _finish_reason(tensors: Mapping[str, tuple[str, bytes]]) -> str | None:
     return reason
 
 
-def _texts(tensors: Mapping[str, tuple[str, bytes]], name: str) -> Iterator[str]:
-    """The texts of a tensor: each 4 bytes of length and UTF-8, in which a character may be cut."""
+def _text(tensors: Mapping[str, tuple[str, bytes]], name: str) -> str:
+    """The first text of a tensor: 4 bytes of length and UTF-8, in which a character may be cut."""
     datatype, content = tensors.get(name, ("BYTES", b""))
     if datatype != "BYTES":
         raise UnreadableResponse(f"{name} is of {datatype}, not text")
-    at = 0
-    while at < len(content):
-        end = at + 4 + int.from_bytes(content[at : at + 4], "little")
-        if end > len(content):
-            raise UnreadableResponse(f"{name} is cut short")
-        yield content[at + 4 : end].decode(errors="replace")
-        at = end
+    if not content:
+        return ""
+    end = 4 + int.from_bytes(content[:4], "little")
+    if end > len(content):
+        raise UnreadableResponse(f"{name} is cut short")
+    return content[4:end].decode(errors="replace")
 
 
 def _floats(tensors: Mapping[str, tuple[str, bytes]], name: str) -> tuple[float, ...]:
@@ -89,9 +88,8 @@ def _floats(tensors: Mapping[str, tuple[str, bytes]], name: str) -> tuple[float,
 
 
 def _integer(tensors: Mapping[str, tuple[str, bytes]], name: str) -> int | None:
-    if name not in tensors or not (content := tensors[name][1]):
-        return None
-    return int.from_bytes(content[: 8 if tensors[name][0].endswith("64") else 4], "little", signed=True)
+    datatype, content = tensors.get(name, ("", b""))
+    return int.from_bytes(content[: 8 if datatype.endswith("64") else 4], "little", signed=True) if content else None
 
 
 class TokenCount:

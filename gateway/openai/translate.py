@@ -10,6 +10,9 @@ from backends.chat import MEDIA_BYTES, ChatRequest, EncodingFormat, Message
 from backends.embeddings import BadInput, Input, each_input
 from gateway.errors import RequestError
 
+TOKEN_ID_BYTES = 4
+"""What a token that is given as its id counts as, whatever its digits: about the text it stands for."""
+
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
@@ -129,7 +132,7 @@ def read_embeddings(body: bytes) -> ChatRequest:
         encoding_format=wire.encoding_format or "float",
         dimensions=wire.dimensions,
         temperature=0.0,  # nothing is sampled
-        size_bytes=len(body),
+        size_bytes=sum(len(ids) for ids in inputs if isinstance(ids, list)) * TOKEN_ID_BYTES or len(body),
     )
 
 

@@ -19,7 +19,7 @@ from backends.embeddings import INLINE_BYTES, BadInput, each_input, from_base64,
 from backends.errors import BackendFailed, BackendProtocolError, BackendTimeout, RequestRejected
 from backends.openai_http import OpenAIBackend
 from tests.calls import collect, make_call
-from tests.upstream import Hang, Upstream, answers
+from tests.upstream import Hang, Head, Send, Upstream, answers
 
 ONE, TWO = [1.0, 0.5], [-0.25, 2.0]
 USAGE = {"prompt_tokens": 4, "total_tokens": 4}
@@ -143,7 +143,9 @@ async def test_missing_usage_is_estimated_and_marked(backend: OpenAIBackend, ups
         answer(),
         {"choices": []},
         [ONE, TWO],
+        answer(item(ONE, 0), item(TWO, 1), usage={"prompt_tokens": -4, "total_tokens": -4}),
         b'{"object":"list","data":[{"index":0,"embedding":[NaN]}]}',
+        b'{"data":[],"embedding":' + b"[" * 5000 + b"]" * 5000 + b"}",
         b"",
     ],
 )
@@ -155,6 +157,12 @@ async def test_an_answer_that_lacks_vectors_or_numbers_is_the_engines_fault(
     with pytest.raises(BackendProtocolError) as failure:
         await embed(backend, encoding_format=encoding)
     assert (failure.value.backend, failure.value.model) == ("a", "small")
+
+
+async def test_a_model_that_the_engine_does_not_name_is_named(backend: OpenAIBackend, upstream: Upstream) -> None:
+    for model in (..., None, ""):
+        upstream.plays(*answers(answer(item(ONE, 0), item(TWO, 1), model=model)))
+        assert json.loads((await embed(backend)).raw) == {**GOOD, "model": "small"}
 
 
 async def test_dimensions_that_an_engine_ignored_are_refused_by_name(
@@ -195,6 +203,13 @@ async def test_a_large_answer_is_read_the_same(backend: OpenAIBackend, upstream:
     assert (last if encoding == "float" else list(from_base64(last))) == numbers
 
 
+async def test_more_vectors_than_can_be_read_are_the_requests_fault(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(Head(headers={"Content-Type": "application/json"}), *[Send(b"1.0," * 2**18)] * 65)
+    with pytest.raises(RequestRejected, match="fewer texts") as refused:
+        await embed(backend)
+    assert (refused.value.status, refused.value.param) == (400, "input")
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
 def test_base64_is_float32_little_endian_and_loses_nothing(vector: list[float]) -> None:
     assert to_base64(vector) == packed(vector)
@@ -203,7 +218,15 @@ def test_base64_is_float32_little_endian_and_loses_nothing(vector: list[float]) 
 
 @pytest.mark.parametrize(
     ("given_", "count"),
-    [("a", 1), (["a"], 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1], [2, 3]], 2), (["a"] * 2048, 2048), ([0] * 2048, 1)],
+    [
+        ("a", 1),
+        (["a"], 1),
+        (["a", "b"], 2),
+        ([1, 2, 3], 1),
+        ([[1], [2, 3]], 2),
+        (["a"] * 2048, 2048),
+        ([[0] * 8191], 1),
+    ],
 )
 def test_every_form_of_input_is_that_many_inputs(given_: Any, count: int) -> None:
     assert len(each_input(given_)) == count
@@ -211,7 +234,7 @@ def test_every_form_of_input_is_that_many_inputs(given_: Any, count: int) -> Non
 
 EMPTY: list[Any] = ["", [], [""], ["a", ""], [[]], [[1], []]]
 MIXED: list[Any] = [["a", 1], [1, "a"], ["a", [1]], [1, [1]]]
-TOO_MUCH: list[Any] = [["a"] * 2049, [1] * 2049, [-1], [[1], [-2]]]
+TOO_MUCH: list[Any] = [["a"] * 2049, [[1]] * 2049, [-1], [[1], [-2]]]
 
 
 @pytest.mark.parametrize("given_", [*EMPTY, *MIXED, *TOO_MUCH])

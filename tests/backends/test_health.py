@@ -121,6 +121,17 @@ def test_a_probe_that_says_nothing_lets_the_next_one_probe() -> None:
         assert not ejections.is_ejected("a")
 
 
+def test_of_two_who_probe_one_that_says_nothing_leaves_the_other_to_decide() -> None:
+    ejections, clock, _ = after_faults(5)
+    clock.now += 5.0
+    ejections.began("a")
+    ejections.began("a")  # nobody else was left
+    ejections.abandoned("a")
+    assert ejections.probe_due(["a"]) is None
+    ejections.abandoned("a")
+    assert ejections.probe_due(["a"]) == 0
+
+
 def test_a_probe_is_due_when_an_ejection_is_over_until_somebody_makes_it() -> None:
     ejections, clock, _ = after_faults(5)
     assert ejections.probe_due(["b", "a"]) is None

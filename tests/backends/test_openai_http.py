@@ -280,6 +280,32 @@ async def test_a_choice_that_has_not_begun_is_waited_for_and_missed(backend: Ope
     assert failure.value.phase == "idle"
 
 
+def text_of_prompt(index: int) -> dict[str, Any]:
+    choice = {"index": index, "text": "a", "logprobs": None, "finish_reason": "stop"}
+    return {**chunk(), "object": "text_completion", "choices": [choice]}
+
+
+async def test_of_several_prompts_each_is_waited_for(backend: OpenAIBackend, upstream: Upstream) -> None:
+    call = make_call("text_completion", prompt=["x", "y"], stream=True, timeouts=Timeouts(idle_s=0.05))
+    upstream.plays(*sse(text_of_prompt(0), done=False), Hang())
+    with pytest.raises(BackendTimeout) as failure:
+        await collect(backend, call)
+    assert failure.value.phase == "idle"
+
+
+async def test_a_stream_that_ends_before_all_choices_began_is_broken_unless_the_engine_says_that_it_is_done(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
+    for done in (True, False):
+        upstream.plays(*sse(chunk("a", 0), finish(0), usage(1, 1), done=done))
+        call = make_call(stream=True, n=2)
+        if done:
+            assert texts_of(await collect(backend, call)) == ["a"]
+        else:
+            with pytest.raises(BackendProtocolError, match="broke off"):
+                await collect(backend, call)
+
+
 async def test_a_deadline_holds_even_where_there_is_more_to_read(backend: OpenAIBackend, upstream: Upstream) -> None:
     upstream.plays(*sse(*ANSWER))
     seen: list[int] = []
@@ -406,6 +432,19 @@ async def test_a_status_that_is_not_200_is_an_error_by_its_cause(
     assert type(failure.value) is error
     assert "sk-secret" not in str(failure.value)
     assert len(upstream.requests) == 1
+
+
+async def test_an_error_nested_beyond_the_stack_is_still_an_error_by_its_status(
+    backend: OpenAIBackend, upstream: Upstream
+) -> None:
+    upstream.plays(*answers(b'{"error":' + b"[" * 5000 + b"]" * 5000 + b"}", 500))
+    with pytest.raises(BackendFailed):
+        await collect(backend, make_call())
+
+
+async def test_a_last_frame_nested_beyond_the_stack_is_passed_over(backend: OpenAIBackend, upstream: Upstream) -> None:
+    upstream.plays(*sse(*ANSWER, done=False), Send(b"data: " + b"[" * 5000 + b"]" * 5000))
+    assert texts_of(await collect(backend, make_call(stream=True))) == ["Hello"]
 
 
 async def test_a_rejection_carries_the_engines_own_words(backend: OpenAIBackend, upstream: Upstream) -> None:

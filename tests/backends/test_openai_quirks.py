@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from backends.backend import Call
 from backends.chat import Event
-from backends.errors import BackendError, BackendFailed
+from backends.errors import BackendError, BackendFailed, BackendProtocolError
 from backends.openai_quirks import AnswerReader
 from tests.calls import make_request, whole_of
 from tests.upstream import chunk, completion, finish, usage
@@ -40,7 +40,7 @@ def tools_of(*pieces: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
 
 
-def piece(arguments: str, **fields: Any) -> dict[str, Any]:
+def piece(arguments: Any, **fields: Any) -> dict[str, Any]:
     name = {"name": fields.pop("name")} if "name" in fields else {}
     return {**fields, "function": {**name, "arguments": arguments}}
 
@@ -64,6 +64,13 @@ def piece(arguments: str, **fields: Any) -> dict[str, Any]:
             [("f", ""), ("g", "{}")],
         ),
         ([[piece("{}", id="x", name="f")], [piece("{}", id="y", name="f")]], [("f", "{}"), ("f", "{}")]),
+        # Several with one id.
+        (
+            [[piece(part, index=n, id="x", name="f")] for part in ("{", "}") for n in (0, 1)],
+            [("f", "{}"), ("f", "{}")],
+        ),
+        # Arguments that are no text.
+        ([[piece([1], index=0, name="f")], [piece(2, index=0, name="f")]], [("f", "[1]"), ("f", "2")]),
     ],
 )
 def test_pieces_of_tool_calls_find_their_call(pieces: list[Any], calls: list[tuple[str, str]]) -> None:
@@ -94,6 +101,24 @@ def test_usage_on_frames_of_choices_is_known_as_it_comes_and_told_at_the_end() -
     assert [event.usage and event.usage.completion_tokens for event in events] == [0, 1, 2, None, 2]
     assert [b'"usage":null' in event.raw for event in events] == [True, True, True, False, False]
     assert events[-1].is_usage_only
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nesting_beyond_the_stack_is_the_engines_fault(whole: bool) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    raw = msgspec.json.encode(completion("Hi") if whole else chunk("Hi"))[:-1] + b',"x":' + deep + b"}"
+    with pytest.raises(BackendProtocolError, match="recursion"):
+        (reader().read_whole if whole else reader().read_frame)(raw)
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "total_tokens"])
+def test_usage_below_zero_is_none(field: str) -> None:
+    counted = usage(3, 2)
+    counted["usage"][field] = -1
+    with pytest.raises(BackendProtocolError, match=">= 0"):
+        read(reader(), START, finish(), counted)
+    with pytest.raises(BackendProtocolError, match=">= 0"):
+        reader().read_whole(msgspec.json.encode({**completion("Hi"), "usage": counted["usage"]}))
 
 
 def test_an_object_that_says_it_is_an_error_is_one_without_a_code() -> None:

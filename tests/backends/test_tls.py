@@ -55,6 +55,22 @@ async def test_an_engine_that_our_authority_vouches_for_is_answered_by(authority
     assert upstream.connections == 1
 
 
+async def test_an_engines_metrics_are_read_from_whom_our_authority_vouches_for(authority: Authority) -> None:
+    async with Upstream(authority.server(HOST)) as upstream:
+        upstream.plays(*answers(b"vllm:num_requests_running 3\n"))
+        url = upstream.url.removesuffix("/v1") + "/metrics"
+        backend = OpenAIBackend("a", upstream.url, tls=ClientTls(ca=str(authority.path)), metrics_url=url)
+        polling = asyncio.get_running_loop().create_task(backend.run())
+        try:
+            async with asyncio.timeout(5):
+                while backend.load.running != 3:
+                    await asyncio.sleep(0.01)
+        finally:
+            polling.cancel()
+            await asyncio.wait([polling])
+            await backend.aclose()
+
+
 @pytest.mark.parametrize(
     ("server", "tls"),
     [

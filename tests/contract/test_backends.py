@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.triton import TritonServer
 
 from backends.backend import Backend, Call, Timeouts
 from backends.chat import Event, Message, Usage
@@ -31,6 +30,7 @@ from backends.triton.backend import TritonBackend, TritonModel
 from backends.triton.server import TritonServer as Connection
 from tests import triton_models
 from tests.calls import MODEL, collect, collect_into, make_call, texts_of, whole_of
+from tests.triton import TritonServer
 from tests.upstream import (
     Act,
     Close,

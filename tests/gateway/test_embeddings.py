@@ -10,8 +10,11 @@ import httpx
 import msgspec
 import pytest
 
+from backends.chat import ChatRequest
 from backends.embeddings import from_base64
 from backends.scripted import Script, ScriptedBackend
+from cache.exact import Lookup
+from cache.semantic import NoSemanticTier
 from tests.gateway.wire import error_of, metric
 from tests.upstream import Hang, Upstream, answers
 from tests.world import POLICY, World, open_world
@@ -72,6 +75,13 @@ async def test_every_form_of_input_is_answered_in_order(vectors: Vectors, input_
     assert [item["index"] for item in answer["data"]] == list(range(count))
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > 0
     assert set(answer["usage"]) == {"prompt_tokens", "total_tokens"}
+
+
+async def test_token_ids_count_as_tokens_and_not_by_their_digits(vectors: Vectors) -> None:
+    full = [100_000 + n for n in range(256)]
+    assert verdict(await vectors.embed([full, full])) == "miss"
+    refused = await vectors.embed([[7] * 400])
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "context_length_exceeded")
 
 
 async def test_both_encodings_carry_the_same_numbers(vectors: Vectors) -> None:
@@ -173,6 +183,31 @@ async def test_no_tenant_gets_anothers_vectors(vectors: Vectors) -> None:
     assert verdict(await vectors.embed("a secret text")) == "miss"
     assert verdict(await vectors.embed("a secret text", key=other)) == "miss"
     assert verdict(await vectors.embed("a secret text", key=other)) == "exact"
+
+
+class Near(NoSemanticTier):
+    """A tier that remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def lookup(self, tenant: Any, request: ChatRequest, scope: Any, *, deadline: float) -> Lookup:
+        self.asked.append(f"lookup {request.operation}")
+        return await super().lookup(tenant, request, scope, deadline=deadline)
+
+    async def store(self, tenant: Any, request: ChatRequest, scope: Any, entry: Any, *, ttl_s: float) -> str | None:
+        self.asked.append(f"store {request.operation}")
+        return await super().store(tenant, request, scope, entry, ttl_s=ttl_s)
+
+
+async def test_what_is_like_a_text_never_has_its_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = Near()
+    monkeypatch.setattr("gateway.app.NoSemanticTier", lambda: near)
+    async with open_world(policy=WITH_VECTORS, backends={"vectors-1": ScriptedBackend("vectors-1")}) as world:
+        assert verdict(await embed(world, "a text")) == "miss"
+        assert (await world.ask("a text", temperature=0)).status_code == 200
+        await world.until(lambda: len(near.asked) == 2)
+    assert near.asked == ["lookup chat", "store chat"]
 
 
 async def test_identical_requests_at_once_share_one_call(vectors: Vectors) -> None:

@@ -40,6 +40,15 @@ def load(folder: Path, near: str, far: str) -> None:
     load_policy(path, {"URL": far})
 
 
+@pytest.mark.parametrize("end", ["?api-version=1", "#x", "?"])
+def test_a_url_that_no_path_can_follow_is_a_mistake(tmp_path: Path, end: str) -> None:
+    with pytest.raises(PolicyError) as refused:
+        load(tmp_path, GOOD, GOOD + end)
+    [mistake] = refused.value.mistakes
+    assert (mistake.path, mistake.line) == ("backends.far.url", 3)
+    assert "write the rest as query" in mistake.remedy
+
+
 TRITON = """\
 name: triton
 backends:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import anyio
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from gateway.app import load_root_secret, open_store
-from gateway.processes import AlreadyRunning, CannotListen, claimed, listen
-from gateway.serve import serve
+from gateway.processes import AlreadyRunning, CannotListen, claimed, listen, read_status
+from gateway.serve import GRPC_ENVIRONMENT, serve
 from gateway.settings import Settings
 from policies.tenant import KeyRecord
 from tests.processes.served import Served, served
@@ -161,3 +165,31 @@ async def test_last_words_that_look_like_markup_harm_nobody(runtime: Path) -> No
         gateway.process.terminate()
         assert await gateway.process.wait() == 0
     assert "Traceback" not in gateway.said
+
+
+async def test_workers_have_grpc_read_on_the_thread_that_waits_unless_the_operator_says_otherwise(
+    runtime: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRPC_EXPERIMENTS", raising=False)
+    async with served(runtime / "data", policy) as world:
+        await world.url()
+        assert GRPC_ENVIRONMENT.items() <= worker_environment(world).items()
+    monkeypatch.setenv("GRPC_EXPERIMENTS", "mine")
+    async with served(runtime / "data", policy) as world:
+        await world.url()
+        assert worker_environment(world)["GRPC_EXPERIMENTS"] == "mine"
+
+
+def worker_environment(world: Served) -> dict[str, str]:
+    (pid,) = [child.pid for child in read_status(world.data / "run") if child.name.startswith("worker")]
+    environment: dict[str, str] = psutil.Process(pid).environ()
+    return environment
+
+
+@pytest.mark.parametrize(("setting", "complains"), [(GRPC_ENVIRONMENT["GRPC_EXPERIMENTS"], False), ("-no_such", True)])
+async def test_grpc_knows_the_setting(setting: str, complains: bool) -> None:
+    """It ignores one that it does not know, and says so where it should be quiet."""
+    ran = await anyio.run_process(
+        [sys.executable, "-c", "import grpc"], env={**os.environ, "GRPC_EXPERIMENTS": setting}, stderr=subprocess.PIPE
+    )
+    assert (b"Unknown experiment" in ran.stderr) is complains

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from backends.attempts import Target
 from backends.backend import Load
 from backends.catalog import ModelCard
-from backends.chat import Message
+from backends.chat import ChatRequest, Message
 from backends.errors import BackendFailed
 from backends.health import Ejections
 from backends.latency import FirstTokenTimes
@@ -228,7 +228,9 @@ def conversation(*texts: str, system: str | None = None) -> Affinity:
     roles = itertools.cycle(["user", "assistant"])
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     opening = [] if system is None else [{"role": "system", "content": system}]
-    return affinity_of(make_request(messages=[*opening, *messages]), tenant_id="t1", model="m")
+    affinity = affinity_of(make_request(messages=[*opening, *messages]), tenant_id="t1", model="m")
+    assert affinity is not None
+    return affinity
 
 
 def test_the_turns_of_a_conversation_share_their_place() -> None:
@@ -261,14 +263,24 @@ def test_tenants_and_models_never_share_a_place(differs: dict[str, str]) -> None
     assert one != affinity_of(request, **{"tenant_id": "t1", "model": "m", **differs})
 
 
-def test_any_request_has_a_place() -> None:
-    for messages in ([], [{"role": "system", "content": "\ud800"}], [{"role": "user"}]):
-        assert isinstance(affinity_of_messages(messages), Affinity)
+def test_any_text_has_a_place() -> None:
+    spoken = (Message(role="system", content="\ud800"),)
+    request = msgspec.structs.replace(make_request(), messages=spoken)
+    assert isinstance(affinity_of(request, tenant_id="t1", model="m"), Affinity)
 
 
-def affinity_of_messages(messages: list[dict[str, str]]) -> Affinity:
-    spoken = tuple(Message(**message) for message in messages)
-    return affinity_of(msgspec.structs.replace(make_request(), messages=spoken), tenant_id="t1", model="m")
+@pytest.mark.parametrize(
+    "request_",
+    [
+        make_request("embeddings", input="Hello"),
+        make_request("text_completion", prompt=["Hello", "Good morning"]),
+        make_request("text_completion", prompt=[1, 2, 3]),
+        make_request(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+    ],
+    ids=["embeddings", "several prompts", "token ids", "an image alone"],
+)
+def test_requests_without_a_text_to_find_again_do_not_all_go_to_one_place(request_: ChatRequest) -> None:
+    assert affinity_of(request_, tenant_id="t1", model="m") is None
 
 
 def test_of_two_equal_replicas_each_is_chosen_half_of_the_time() -> None:
