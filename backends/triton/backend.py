@@ -39,7 +39,7 @@ from backends.triton.dialect import Dialect, IncompatibleModel, Parameter, Tenso
 from backends.triton.prompt import Prompt, Prompter
 from backends.triton.reading import PromptEcho, UnreadableResponse, read_response
 from backends.triton.sampling import FieldRefused, Parameters, guide_by_schema, parameters_of
-from backends.triton.server import Inference, ModelDescription, Response, TritonServer
+from backends.triton.server import TOO_LONG_CODE, Inference, ModelDescription, Response, TritonServer
 from backends.triton.telling import Frames, Telling
 
 WATCH_EVERY_S = 2.0
@@ -181,6 +181,8 @@ class TritonBackend:
                     yield self._whole([event async for event in events], call)
         except BackendError as error:
             error.backend, error.model = self._name, call.model
+            if isinstance(error, RequestRejected) and error.code == TOO_LONG_CODE:
+                error.param = _said_in(call.request)
             raise
         finally:
             self._in_flight -= 1
@@ -422,8 +424,10 @@ class TritonBackend:
                 raise FieldRefused("messages", f"this model takes one image a request, not {len(prompt.image_urls)}")
         except FieldRefused as error:
             raise _rejected(str(error), param=error.field, code=error.code) from error
-        except RecursionError as error:
-            raise _rejected("the request is nested too deeply", param=None, code="invalid_json") from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            # The door reads some fields only; nobody has looked at what is in the others.
+            why = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+            raise _rejected(f"the request is {why}", param=None, code="invalid_json") from error
         stops = dict.fromkeys((*_stop(asked), *self._model.stop, *(loaded.folder.stop if loaded.folder else ())))
         asked["stop"] = tuple(stops)
         asked["max_tokens"] = max_tokens
@@ -461,9 +465,9 @@ class TritonBackend:
         left = window - await self._prompt_tokens(loaded, loaded.tokenizer, prompt)
         if left <= 0:
             raise FieldRefused(
-                "messages" if call.request.operation == "chat" else "prompt",
+                _said_in(call.request),
                 f"the prompt takes {window - left} of the {window} tokens of this model's context window; shorten it",
-                code="context_length_exceeded",
+                code=TOO_LONG_CODE,
             )
         return min(wanted or DEFAULT_MAX_TOKENS, left)
 
@@ -579,6 +583,11 @@ def _stop(asked: Parameters) -> tuple[str, ...]:
 def _wants_own_logprobs(call: Call) -> bool:
     """Whether a text completion asks for `logprobs: 0`, the tokens' own without alternatives."""
     return call.request.operation == "text_completion" and _raw(call, "logprobs") == b"0"
+
+
+def _said_in(request: ChatRequest) -> str:
+    """The field that holds what the model is to read."""
+    return "messages" if request.operation == "chat" else "prompt"
 
 
 def _raw(call: Call, field: str) -> bytes:

@@ -153,10 +153,6 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
         """Whether several values cannot be said."""
         return self._name(parameter) in self.single
 
-    def name(self, parameter: Parameter) -> str:
-        """The tensor's name, for messages; our own word where the dialect has none."""
-        return self._name(parameter) or parameter
-
     def tensor(self, parameter: Parameter, value: Value) -> Tensor:
         """The tensor that says `value`; a number outside its datatype's range becomes the nearest in it."""
         name = self._name(parameter)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -28,6 +30,10 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Of one gRPC message, either way: images of a request, log probabilities of a whole answer."""
 
+KEEPALIVE_S = 310
+"""Triton ends a connection, and all that is on it, after three pings less than 300 s apart without an answer between
+them, as while a prompt waits or an answer in one piece is computed (`tritonserver --help`)."""
+
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -36,8 +42,9 @@ _CHANNEL_OPTIONS = (
     # Despite its name this is what an attempt to connect may take: a TLS handshake across a continent takes 300 ms.
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # A host that vanished sends no reset: ask it, but not more often than Triton lets a client.
-    ("grpc.keepalive_time_ms", 30_000),
+    # A host that vanished sends no reset. While something is asked of it, which a watch does all the time, the kernel
+    # ends the connection when nothing was acknowledged for the time-out; a ping is for when nothing is.
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # Otherwise two channels to one address share a connection, and its back-off.
     ("grpc.use_local_subchannel_pool", 1),
@@ -50,13 +57,16 @@ REAL_CODES_SINCE = (2, 57)
 """The first version (25.04) that is asked for codes. Older ones crash where an error meets a cancellation: 2.51 did
 within 3 tries with codes, and in none of 60 without (triton-inference-server/server issues 7368 and 8034)."""
 
+TOO_LONG_CODE = "context_length_exceeded"
+
 _TOO_LONG = ("max_seq_len", "max_input_len", "maximum input length", "context size", "context length")
 """How TensorRT-LLM and llama.cpp say that a prompt does not fit; Triton gives no code for it."""
 
 _SAID_BY_TRITON_ITSELF = ("[request id", "unexpected inference", "inference request", "expected ", "Request for")
 """How Triton's own check of a request begins to complain: then the tensors are not the model's, which is our fault."""
 
-_QUEUE_FULL = ("maximum queue size", "queue is full")
+_QUEUE_FULL = ("maximum queue size", "queue is full", "Request timeout expired")
+"""The last is Triton's word for a request that stood in its queue longer than the model's queue policy lets it."""
 
 
 class Tls(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +213,7 @@ class TritonServer:
         code, said = error.code(), error.details() or "no reason given"
         who: dict[str, Any] = {"backend": self._backend, "model": self._model}
         if any(words in said for words in _TOO_LONG):
-            return RequestRejected(said, code="context_length_exceeded", param="messages", **who)
+            return RequestRejected(said, code=TOO_LONG_CODE, **who)
         match code:
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.RESOURCE_EXHAUSTED:
                 is_full = code is grpc.StatusCode.RESOURCE_EXHAUSTED or any(words in said for words in _QUEUE_FULL)
@@ -227,7 +237,7 @@ class TritonServer:
         elif any(words in said for words in _QUEUE_FULL):
             kind = BackendOverloaded
         elif any(words in said for words in _TOO_LONG):
-            return RequestRejected(said, code="context_length_exceeded", param="messages")
+            return RequestRejected(said, code=TOO_LONG_CODE)
         return kind(said, backend=self._backend, model=self._model)
 
     @property
@@ -265,7 +275,8 @@ class TritonServer:
     def _new_channel(self) -> grpc.aio.Channel:
         if self._tls is None:
             return grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._tls.ca, self._tls.key, self._tls.certificate)
+        ca = self._tls.ca or _system_authorities()
+        credentials = grpc.ssl_channel_credentials(ca, self._tls.key, self._tls.certificate)
         name = self._tls.server_name
         options = _CHANNEL_OPTIONS + ((("grpc.ssl_target_name_override", name),) if name else ())
         return grpc.aio.secure_channel(self._address, credentials, options=options)
@@ -317,6 +328,12 @@ class Inference:
         """Make the reader fail with `BackendUnreachable`."""
         self._cut = True
         self._call.cancel()
+
+
+def _system_authorities() -> bytes | None:
+    """Whom OpenSSL trusts on this system: gRPC brings a list of its own. None where it has them in no one file."""
+    file = ssl.get_default_verify_paths().cafile
+    return Path(file).read_bytes() if file else None
 
 
 def _is_cancelled(task: asyncio.Task[Any] | None) -> bool:

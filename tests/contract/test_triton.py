@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -37,7 +39,9 @@ from backends.errors import (
 from backends.load_signals import MetricsPage
 from backends.openai_http import new_session
 from backends.triton.backend import ASK_WITHIN_S, TritonBackend, TritonModel
+from backends.triton.server import KEEPALIVE_S
 from backends.triton.server import TritonServer as Server
+from gateway.triton_install import Installation, Ports, triton_command
 from tests.calls import collect, collect_into, make_call, texts_of, whole_of
 from tests.triton import TritonServer
 from tests.triton_models import BLS, ENSEMBLE_OLD, LLMAPI, Piece, Script
@@ -389,19 +393,22 @@ async def test_an_old_server_is_not_asked_for_codes_and_its_errors_are_known_by_
     triton: TritonServer, backends: MakeBackend
 ) -> None:
     """See `REAL_CODES_SINCE`: the server here is an old one."""
-    for error, kind in (("boom", BackendFailed), ("Exceeds maximum queue size", BackendOverloaded)):
+    full = ("Exceeds maximum queue size", "Request timeout expired")
+    for error, kind in (("boom", BackendFailed), *((error, BackendOverloaded) for error in full)):
         with pytest.raises(kind, match=error):
             await ask(backends(triton, "bls"), Script(error_after=1, error=error, code="UNAVAILABLE"))
 
 
 @pytest.mark.parametrize("real_codes", [True, False])
+@pytest.mark.parametrize(("operation", "param"), [("chat", "messages"), ("text_completion", "prompt")])
 async def test_a_prompt_that_is_too_long_is_the_clients_fault(
-    triton: TritonServer, backends: MakeBackend, real_codes: bool
+    triton: TritonServer, backends: MakeBackend, real_codes: bool, operation: Any, param: str
 ) -> None:
-    said = "Prompt length (5000) exceeds maximum input length (4096)"
+    script = Script(error_after=0, error="Prompt length (5000) exceeds maximum input length (4096)")
+    said = {"messages": says(script)} if operation == "chat" else {"prompt": str(script)}
     with pytest.raises(RequestRejected) as refused:
-        await ask(backends(triton, "bls", real_codes=real_codes), Script(error_after=0, error=said))
-    assert refused.value.code == "context_length_exceeded"
+        await collect(backends(triton, "bls", real_codes=real_codes), make_call(operation, **said))
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
     assert not refused.value.upstream_fault
 
 
@@ -654,12 +661,15 @@ async def test_a_second_image_is_refused_where_the_model_has_place_for_one(
     assert triton.event("received", request_id="two-images")["tensors"]["image_url"]["shape"] == [2]
 
 
-async def test_a_request_that_is_nested_too_deeply_for_us_is_the_clients_fault(
-    triton: TritonServer, backends: MakeBackend
+@pytest.mark.parametrize(
+    ("raw", "why"), [(b"[" * 5000 + b"]" * 5000, "nested too deeply"), (rb'{"\ud800": 1}', "not valid JSON")]
+)
+async def test_a_field_that_nobody_can_read_is_the_clients_fault(
+    triton: TritonServer, backends: MakeBackend, raw: bytes, why: str
 ) -> None:
     call = make_call()
-    request = replace(call.request, fields={**call.request.fields, "logit_bias": Raw(b"[" * 5000 + b"]" * 5000)})
-    with pytest.raises(RequestRejected, match="nested too deeply"):
+    request = replace(call.request, fields={**call.request.fields, "logit_bias": Raw(raw)})
+    with pytest.raises(RequestRejected, match=why):
         await collect(backends(triton, "bls"), replace(call, request=request))
 
 
@@ -767,6 +777,22 @@ async def test_a_server_that_accepts_and_says_nothing_takes_the_connect_time_and
         with pytest.raises(BackendTimeout):
             async with asyncio.timeout(0.5):
                 await backend.check(within_s=0.5)
+
+
+async def test_a_long_silence_is_broken_no_more_often_than_triton_lets_a_client(
+    triton_installation: Installation, tmp_path: Path
+) -> None:
+    """With pings every 30 s a stream that was silent for 150 s was ended by Triton: too_many_pings."""
+    ports = Ports(http=1, grpc=2, metrics=3)
+    command = triton_command(triton_installation, repository=tmp_path, ports=ports)
+    server = triton_installation.server / "bin" / "tritonserver"
+    told = await asyncio.to_thread(
+        subprocess.run, [server, "--help"], env=command.env, capture_output=True, text=True, check=False
+    )
+    option = (told.stdout + told.stderr).partition("--grpc-http2-min-recv-ping-interval-without-data")[2]
+    least_ms = re.search(r"Default is (\d+)", option)
+    assert least_ms is not None
+    assert int(least_ms[1]) < KEEPALIVE_S * 1000
 
 
 async def test_a_server_far_away_is_reached(triton: TritonServer, backends: MakeBackend) -> None:

@@ -25,7 +25,13 @@ CURRENT = {
     "return_log_probs": "BOOL",
 }
 OLD = {"text_input": "BYTES", "max_tokens": "UINT32", "random_seed": "UINT64", "min_length": "UINT32"}
-LLMAPI = {"text_input": "BYTES", "streaming": "BOOL", "sampling_param_max_tokens": "INT32", "image_url": "BYTES"}
+LLMAPI = {
+    "text_input": "BYTES",
+    "streaming": "BOOL",
+    "sampling_param_max_tokens": "INT32",
+    "sampling_param_seed": "UINT64",
+    "image_url": "BYTES",
+}
 
 
 def dialect_of(
@@ -50,7 +56,7 @@ def test_each_generation_of_tensorrt_llm_is_known_by_its_tensors(inputs: dict[st
 
 
 def test_the_same_wish_has_another_name_in_each() -> None:
-    assert [dialect_of(inputs).name("seed") for inputs in (CURRENT, OLD, LLMAPI)] == [
+    assert [dialect_of(inputs).tensor("seed", 1).name for inputs in (CURRENT, OLD, LLMAPI)] == [
         "seed",
         "random_seed",
         "sampling_param_seed",
