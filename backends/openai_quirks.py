@@ -407,7 +407,8 @@ class AnswerReader:
         """The fields that say which answer this is: the same on all of its frames."""
         if not self._id:
             said = frame.get("id")
-            self._id = said if isinstance(said, str) and said else f"chatcmpl-{self._call.request_id}"
+            prefix = "chatcmpl" if self._chat else "cmpl"
+            self._id = said if isinstance(said, str) and said else f"{prefix}-{self._call.request_id}"
             said = frame.get("model")
             self._model = said if isinstance(said, str) and said else self._call.model
         created = frame.get("created")

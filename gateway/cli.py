@@ -149,7 +149,9 @@ def explain(
     /,
     *,
     prompt: Annotated[str | None, Parameter(help="What a user would ask.")] = None,
-    request: Annotated[Path | None, Parameter(help="A file with the JSON body of a request; - reads stdin.")] = None,
+    request: Annotated[
+        Path | None, Parameter(help="A file with the JSON body of a request; - reads stdin.", allow_leading_hyphen=True)
+    ] = None,
     model: Annotated[str, Parameter(help="Route or model to ask for, with --prompt.")] = "auto",
     json: AsJson = False,
 ) -> int:
