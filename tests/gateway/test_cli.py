@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -206,6 +207,17 @@ def test_a_variable_that_names_no_setting_is_noted_unless_the_policy_uses_it(
     assert "FOREBAY_COLOUR_OF_THE_BOX names no setting\n" in noted.err
     assert "FOREBAY_ANSWER" not in noted.err
     assert (noted.status, "Cannot listen on 192.0.2.1" in noted.err) == (1, True)
+
+
+def test_a_request_to_explain_may_come_from_standard_input(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
+    body = b'{"model": "auto", "messages": [{"role": "user", "content": "hi"}]}'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(body)))
+
+    assert run("explain", str(policy), "--request", "-", "--json").json["asked_for"] == "auto"
 
 
 def test_a_model_for_embeddings_is_explained_as_one(run: Run, tmp_path: Path) -> None:
