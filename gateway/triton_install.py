@@ -47,6 +47,10 @@ _ENDS_WITHIN_S = 5
 """How long a server that is asked to end waits for answers under way; Triton's own default is 30. With one that neither
 ends nor is cancelled it does not end at all, whatever it says."""
 
+_TOLD = frozenset({"HOME", "LANG", "PATH", "TERM", "TMPDIR", "TZ", "USER"})
+_TOLD_BY_PREFIX = ("LC_", "LD_", "OMP_", "OPENBLAS_", "CUDA_", "NVIDIA_", "TRITON")
+"""What of our environment goes on to the server and its models."""
+
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where POSIX shared memory is on Linux
 
 
@@ -109,7 +113,8 @@ def triton_command(
     """Return how to serve the models in `repository`, of which `load` are loaded at the start ("*": all there are).
 
     Models can be loaded, reloaded and unloaded while it runs. One that cannot be loaded does not end the server.
-    `env` is what the models' code reads from its environment, on top of ours.
+    `env` is what the models' code reads from its environment. Of ours it is told what every program needs, and no more:
+    a gateway's environment holds its secrets.
     """
     server = installation.server
     options = {
@@ -135,7 +140,8 @@ def triton_command(
         "--disable-auto-complete-config",  # else each model's process starts twice; a configuration says it all
     ]
     start = (sys.executable, "-I", "-S", str(_LAUNCH), _mark(ports), str(server / "bin" / "tritonserver"))
-    return TritonCommand((*start, *argv), {**os.environ, **_environment(installation), **(env or {})})
+    ours = {name: value for name, value in os.environ.items() if name in _TOLD or name.startswith(_TOLD_BY_PREFIX)}
+    return TritonCommand((*start, *argv), {**ours, **_environment(installation), **(env or {})})
 
 
 def shared_memory_of(ports: Ports) -> list[Path]:

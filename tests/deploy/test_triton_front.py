@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpcclient
 
-pytestmark = pytest.mark.slow
+from tests.triton import TritonServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_loop")]
 
 HERE = Path(__file__).parent
 RENDER = HERE.parents[1] / "deploy" / "triton" / "gpu" / "render.py"
@@ -38,8 +40,6 @@ def write(repository: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(triton_installation: Any) -> Iterator[Any]:
-    from tests.triton import TritonServer
-
     triton = TritonServer(triton_installation, write)
     try:
         yield triton.start()

@@ -22,7 +22,9 @@ from gateway.child_specs import free_loopback_port, triton_child
 from gateway.triton_install import (
     Installation,
     Ports,
+    place,
     shared_memory_of,
+    triton_command,
 )
 from tests.processes.world import supervised
 from tests.triton import TritonServer
@@ -347,3 +349,13 @@ async def test_the_supervisor_keeps_a_triton_and_ends_it(triton_installation: In
     assert world.exit_status == 0
     assert _gone(pids)
     assert shared_memory_of(ports) == []
+
+
+def test_a_model_is_told_what_it_needs_and_no_secret_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FOREBAY_ROOT_SECRET", "OPENAI_API_KEY", "FOREBAY_STORE_URL"):
+        monkeypatch.setenv(name, "canary")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    ports = Ports(http=1, grpc=2, metrics=3)
+    command = triton_command(place(tmp_path), repository=tmp_path, ports=ports, env={"FOREBAY_MODELS": "/models"})
+    assert "canary" not in command.env.values()
+    assert (command.env["CUDA_VISIBLE_DEVICES"], command.env["FOREBAY_MODELS"]) == ("1", "/models")
