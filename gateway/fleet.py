@@ -189,7 +189,8 @@ class Fleet:
 
     def _triton(self, name: str, spec: TritonBackendSpec) -> Backend:
         # gRPC and numpy take 37 MB and a quarter of a second, which nobody pays who has no Triton.
-        from backends.triton.backend import TritonBackend, TritonModel
+        from backends.triton.backend import TritonBackend
+        from backends.triton.model import TritonModel
         from backends.triton.server import Tls, TritonServer
 
         url, metrics_url = spec.url, spec.metrics_url

@@ -5,7 +5,8 @@
     prompt    a conversation as the text that the model was trained on, images beside it
     server    the gRPC channel to one server: metadata, load and unload, streams, errors by cause
     reading   what comes back: text by pieces or as a whole so far, counts, log probabilities, the end
-    backend   `TritonBackend`, which puts them together and keeps watch over the model
+    model     what is known of a model as it is loaded now, and the watch over it
+    backend   `TritonBackend`, which puts them together
 
 Read `backend` first. Nothing outside this package knows a tensor's name.
 """

@@ -30,7 +30,8 @@ import anyio.to_thread
 import uvloop
 from msgspec.structs import replace
 
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
+from backends.triton.model import TritonModel
 from backends.triton.server import TritonServer as Connection
 from gateway.triton_install import SystemUnsupported, install
 from tests.calls import make_call

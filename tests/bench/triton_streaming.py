@@ -40,8 +40,9 @@ import tritonclient.grpc.aio as official
 import uvloop
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
 from backends.triton.dialect import Tensor
+from backends.triton.model import TritonModel
 from backends.triton.server import TritonServer as Connection
 from gateway.serve import GRPC_ENVIRONMENT
 from gateway.triton_install import SystemUnsupported, install

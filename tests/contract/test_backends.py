@@ -26,7 +26,8 @@ from backends.errors import (
 from backends.fan_out import FanOut
 from backends.openai_http import OpenAIBackend
 from backends.scripted import Script, ScriptedBackend
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
+from backends.triton.model import TritonModel
 from backends.triton.server import TritonServer as Connection
 from tests import triton_models
 from tests.calls import MODEL, collect, collect_into, make_call, texts_of, whole_of

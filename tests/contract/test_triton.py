@@ -38,7 +38,8 @@ from backends.errors import (
 )
 from backends.load_signals import MetricsPage
 from backends.openai_http import new_session
-from backends.triton.backend import ASK_WITHIN_S, TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
+from backends.triton.model import ASK_WITHIN_S, TritonModel
 from backends.triton.server import KEEPALIVE_S
 from backends.triton.server import TritonServer as Server
 from gateway.triton_install import Installation, Ports, triton_command

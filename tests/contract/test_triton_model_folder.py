@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from backends.errors import BackendProtocolError, RequestRejected
 from backends.tokenizer import Tokenizer
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
+from backends.triton.model import TritonModel
 from backends.triton.server import TritonServer as Connection
 from tests.backends import tiny_tokenizers
 from tests.calls import collect, make_call, whole_of

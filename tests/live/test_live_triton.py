@@ -22,7 +22,8 @@ from backends.backend import Timeouts
 from backends.errors import BackendTimeout
 from backends.load_signals import MetricsPage
 from backends.openai_http import new_session
-from backends.triton.backend import TritonBackend, TritonModel
+from backends.triton.backend import TritonBackend
+from backends.triton.model import TritonModel
 from backends.triton.server import TritonServer as Connection
 from policies.routing_policy import TritonBackendSpec
 from tests.calls import collect, make_call, texts_of, whole_of
