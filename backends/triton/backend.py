@@ -227,7 +227,7 @@ class TritonBackend:
         asked["stop"] = tuple(stops)
         asked["max_tokens"] = max_tokens
         if prompt.image_urls:
-            asked["image_urls"] = prompt.image_urls
+            asked["image_urls"] = tuple(map(loaded.dialect.image_url, prompt.image_urls))
         tensors = tuple(loaded.tensors(prompt.text, asked))
         return _Ask(tensors=tensors, prompt=prompt, max_tokens=max_tokens, stops=tuple(stops))
 

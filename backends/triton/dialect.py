@@ -164,6 +164,16 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True):
         shape = (1, len(values)) if self.batched else (len(values),)
         return Tensor(name, datatype, shape, b"".join(map(_packer(name, datatype), values)))
 
+    def image_url(self, url: str) -> str:
+        """An image's URL as the model understands it.
+
+        The preprocessing model of TensorRT-LLM takes a data URL for one only where it says JPEG, and would ask the
+        network for any other; what the image is, it reads from the bytes.
+        """
+        if self.kind == "llmapi" or not url.startswith("data:"):
+            return url
+        return f"data:image/jpeg;base64,{url.partition(',')[2]}"
+
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What the tensors allow. Tools are a matter of the chat template, which is not the model's to say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ _REASONING_EFFORT = "reasoning_effort"
 
 _PART_TYPES = frozenset({"text", "refusal", "image_url"})
 """Parts of a message that a model may be shown. What else there is (sound, files) would be lost on the way to it."""
+
+_INLINE_IMAGE = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,11 +135,13 @@ class Prompter:
 
     def _image_url(self, part: ContentPart) -> str:
         url = part.image_url.get("url") if isinstance(part.image_url, dict) else part.image_url
-        if isinstance(url, str) and url.startswith("data:image/"):
+        if isinstance(url, str) and _INLINE_IMAGE.match(url):
             return url
         if self._remote_images and isinstance(url, str) and url.startswith(("http://", "https://")):
             return url
-        raise FieldRefused("messages", "send images inside the request, as data: URLs; this gateway fetches none")
+        raise FieldRefused(
+            "messages", "send images inside the request, as data: URLs in base64; this gateway fetches none"
+        )
 
 
 def _one_text(prompt: Any) -> str:

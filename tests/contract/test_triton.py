@@ -331,13 +331,13 @@ async def test_an_image_inside_the_request_reaches_the_model(triton: TritonServe
     assert backend.capabilities is None
     await collect(backend, call_with_image(IMAGE, "image"))
     seen = triton.event("received", request_id="image")["tensors"]
-    assert seen["image_url_input"]["values"] == [IMAGE]
+    assert seen["image_url_input"]["values"] == ["data:image/jpeg;base64,iVBORw0KGgo="], "the one label it knows"
     assert seen["text_input"]["values"] == ["image"]
     assert "vision" in (backend.capabilities or ())
 
 
 async def test_the_model_is_handed_no_address_that_a_client_chose(triton: TritonServer, backends: MakeBackend) -> None:
-    for url in ("http://169.254.169.254/latest", "file:///etc/passwd", "data:text/html,x"):
+    for url in ("http://169.254.169.254/latest", "file:///etc/passwd", "data:text/html,x", "data:image/svg+xml,x"):
         with pytest.raises(RequestRejected, match="data: URLs"):
             await collect(backends(triton, "vision"), call_with_image(url, "address"))
     assert triton.events("received", request_id="address") == []

@@ -55,6 +55,13 @@ def test_each_generation_of_tensorrt_llm_is_known_by_its_tensors(inputs: dict[st
     assert dialect_of(inputs).kind == kind
 
 
+def test_an_image_inside_a_request_is_labelled_as_the_engine_knows_it() -> None:
+    png = "data:image/png;base64,iVBORw0KGgo="
+    assert dialect_of(CURRENT).image_url(png) == "data:image/jpeg;base64,iVBORw0KGgo="
+    assert dialect_of(OLD).image_url("https://images.test/a.png") == "https://images.test/a.png"
+    assert dialect_of(LLMAPI).image_url(png) == png
+
+
 def test_the_same_wish_has_another_name_in_each() -> None:
     assert [dialect_of(inputs).tensor("seed", 1).name for inputs in (CURRENT, OLD, LLMAPI)] == [
         "seed",
