@@ -108,6 +108,11 @@ class World:
         await self.gateway.keys.poll_once()
         return new_key.key
 
+    @property
+    def following(self) -> int:
+        """How many requests wait for, or are being sent, an answer that is under way."""
+        return sum(len(flight._followers) for flight in self.gateway.pipeline._flights._in_air)
+
     async def until(self, happened: Callable[[], object], within_s: float = 5.0) -> None:
         """Wait for something another task or process is about to do."""
         with anyio.fail_after(within_s):
@@ -128,7 +133,7 @@ def events_of(response: httpx.Response) -> list[Any]:
 @asynccontextmanager
 async def open_world(
     *,
-    small: Script | Callable[[Call], Script] | None = None,
+    small: Script | Callable[[Call], Script] | ScriptedBackend | None = None,
     large: Script | Callable[[Call], Script] | None = None,
     backends: Mapping[str, Backend] = {},
     policy: str = POLICY,
@@ -137,7 +142,10 @@ async def open_world(
     exact: Any = None,
     admission: Any = None,
 ) -> AsyncGenerator[World, None]:
-    scripted = {"small-1": ScriptedBackend("small-1", small), "large-1": ScriptedBackend("large-1", large)}
+    scripted = {
+        "small-1": small if isinstance(small, ScriptedBackend) else ScriptedBackend("small-1", small),
+        "large-1": ScriptedBackend("large-1", large),
+    }
     log = Lines()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "policy.yaml"

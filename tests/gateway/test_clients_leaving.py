@@ -10,6 +10,7 @@ import pytest
 from backends.scripted import Script
 from policies.ledger import Amounts
 from tests.gateway.wire import chunks_of, demo_tenant_id, metric, raw_client, streamed_text
+from tests.held import Held
 from tests.world import World, open_world
 
 NEVER = Script(first_token_delay_s=60.0)
@@ -182,7 +183,9 @@ async def test_twenty_identical_requests_share_one_call_unless_streams_would_hav
     opener_streams: bool, calls: int
 ) -> None:
     """A stream is read to its end for who wants the whole; an answer that comes as a whole makes no stream wait."""
-    async with open_world(small=Script(first_token_delay_s=0.3)) as world:
+    small = Held("small-1")
+    small.hold()
+    async with open_world(small=small) as world:
         responses: list[httpx.Response] = []
 
         async def ask(stream: bool) -> None:
@@ -190,9 +193,11 @@ async def test_twenty_identical_requests_share_one_call_unless_streams_would_hav
 
         async with anyio.create_task_group() as group:
             group.start_soon(ask, opener_streams)
-            await world.until(lambda: world.small.calls == 1)
+            await world.until(lambda: world.following == 1)
             for number in range(19):
                 group.start_soon(ask, number % 2 == 0)
+            await world.until(lambda: world.following == 20)
+            small.release()
 
         assert world.small.calls == calls
         verdicts = [response.headers["x-forebay-cache"] for response in responses]
@@ -245,7 +250,9 @@ async def test_the_last_one_to_leave_takes_the_call_down() -> None:
 
 
 async def test_a_failure_before_the_first_token_reaches_everyone_who_waits() -> None:
-    async with open_world(small=Script(first_token_delay_s=0.2, fault="error"), large=Script(fault="error")) as world:
+    small = Held("small-1", Script(fault="error"))
+    small.hold()
+    async with open_world(small=small, large=Script(fault="error")) as world:
         statuses = []
 
         async def ask(stream: bool) -> None:
@@ -254,5 +261,7 @@ async def test_a_failure_before_the_first_token_reaches_everyone_who_waits() -> 
         async with anyio.create_task_group() as group:
             for number in range(6):
                 group.start_soon(ask, number % 2 == 0)
+            await world.until(lambda: world.following == 6)
+            small.release()
         assert statuses == [502] * 6
         await nothing_is_left_of(world)

@@ -16,6 +16,7 @@ from backends.scripted import Script, ScriptedBackend
 from cache.exact import Lookup
 from cache.semantic import NoSemanticTier
 from tests.gateway.wire import error_of, metric
+from tests.held import Held
 from tests.upstream import Hang, Upstream, answers
 from tests.world import POLICY, World, open_world
 
@@ -29,7 +30,7 @@ WITH_VECTORS = POLICY.replace("models:", "  vectors-1: {kind: scripted}\nmodels:
 class Vectors:
     """A gateway with a model for embeddings, and the engine behind it."""
 
-    def __init__(self, world: World, engine: ScriptedBackend) -> None:
+    def __init__(self, world: World, engine: Held) -> None:
         self.world = world
         self.engine = engine
 
@@ -50,7 +51,7 @@ async def embed(
 
 @pytest.fixture(scope="module")
 async def one() -> AsyncGenerator[Vectors, None]:
-    engine = ScriptedBackend("vectors-1")
+    engine = Held("vectors-1")
     async with open_world(policy=WITH_VECTORS, backends={"vectors-1": engine}) as world:
         yield Vectors(world, engine)
 
@@ -211,7 +212,7 @@ async def test_what_is_like_a_text_never_has_its_vector(monkeypatch: pytest.Monk
 
 
 async def test_identical_requests_at_once_share_one_call(vectors: Vectors) -> None:
-    vectors.engine.script = Script(first_token_delay_s=0.2)
+    vectors.engine.hold()
     calls = vectors.engine.calls
     verdicts: list[str] = []
 
@@ -221,6 +222,8 @@ async def test_identical_requests_at_once_share_one_call(vectors: Vectors) -> No
     async with anyio.create_task_group() as group:
         for _ in range(3):
             group.start_soon(ask)
+        await vectors.world.until(lambda: vectors.world.following == 3)
+        vectors.engine.release()
     assert vectors.engine.calls == calls + 1
     assert sorted(verdicts) == ["coalesced", "coalesced", "miss"]
 

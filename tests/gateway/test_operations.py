@@ -13,6 +13,7 @@ from openapi_spec_validator import validate
 from backends.scripted import Script
 from policies.tenant import AdminRole
 from tests.gateway.wire import error_of, metric, samples
+from tests.held import Held
 from tests.valkey import Valkey
 from tests.world import POLICY, World, open_world
 
@@ -102,7 +103,9 @@ async def test_a_bad_edit_of_the_policy_changes_nothing_and_is_reported() -> Non
 
 
 async def test_a_request_lives_under_one_policy_from_start_to_end() -> None:
-    async with open_world(small=Script(first_token_delay_s=0.3)) as world:
+    small = Held("small-1")
+    small.hold()
+    async with open_world(small=small) as world:
         before = world.gateway.watch.current.policy.label
         answers = []
 
@@ -111,11 +114,12 @@ async def test_a_request_lives_under_one_policy_from_start_to_end() -> None:
 
         async with anyio.create_task_group() as group:
             group.start_soon(ask)
-            await world.until(lambda: world.small.in_flight == 1)
+            await world.until(lambda: world.following == 1)
             edited = POLICY.replace("model: small, fallbacks: [large]", "model: large, fallbacks: []")
             world.policy_path.write_text(edited)
             await world.gateway.reload()
             after = await world.ask()
+            small.release()
     assert answers[0].headers["x-forebay-policy"] == before
     assert answers[0].headers["x-forebay-model"] == "small"
     assert after.headers["x-forebay-policy"] != before

@@ -17,6 +17,7 @@ from gateway.fleet import Engine, engine_identity
 from gateway.pipeline import MAX_ANSWER_BYTES
 from policies.routing_policy import LlamaCppBackendSpec
 from tests.gateway.wire import metric
+from tests.held import Held
 from tests.world import POLICY, events_of, open_world, text_of
 
 THREE_REPLICAS = POLICY.replace("backends: [small-1]", "backends: [dead-1, dead-2, dead-3]").replace(
@@ -104,7 +105,9 @@ async def test_a_backend_whose_settings_changed_starts_with_a_clean_record() -> 
 
 @pytest.mark.parametrize("header", ["no-cache", "no-store"])
 async def test_who_wants_an_answer_of_its_own_shares_none(header: str) -> None:
-    async with open_world(small=Script(first_token_delay_s=0.1)) as world:
+    small = Held("small-1")
+    small.hold()
+    async with open_world(small=small) as world:
         verdicts: list[str] = []
 
         async def ask() -> None:
@@ -114,17 +117,28 @@ async def test_who_wants_an_answer_of_its_own_shares_none(header: str) -> None:
         async with anyio.create_task_group() as group:
             for _ in range(3):
                 group.start_soon(ask)
+            await world.until(lambda: world.following == 3)
+            small.release()
 
         assert "coalesced" not in verdicts
         assert world.small.calls == 3
 
 
 async def test_a_stream_does_not_wait_for_an_answer_that_comes_as_a_whole() -> None:
-    async with open_world(small=Script(first_token_delay_s=0.1)) as world, anyio.create_task_group() as group:
+    small = Held("small-1")
+    small.hold()
+    async with open_world(small=small) as world, anyio.create_task_group() as group:
         group.start_soon(world.ask, "the same")
-        await world.until(lambda: world.small.in_flight == 1)
+        await world.until(lambda: world.following == 1)
+        verdicts: list[str] = []
 
-        assert (await world.ask("the same", stream=True)).headers["x-forebay-cache"] == "miss"
+        async def stream() -> None:
+            verdicts.append((await world.ask("the same", stream=True)).headers["x-forebay-cache"])
+
+        group.start_soon(stream)
+        await world.until(lambda: world.following == 2)
+        small.release()
+        await world.until(lambda: verdicts == ["miss"])
 
 
 async def test_a_missing_temperature_counts_as_one() -> None:
@@ -206,7 +220,9 @@ async def test_readiness_is_not_a_way_to_make_us_ask_the_engines_at_will() -> No
 
 
 async def test_a_question_shared_by_many_is_one_answer_for_all() -> None:
-    async with open_world(small=Script(first_token_delay_s=0.1)) as world:
+    small = Held("small-1")
+    small.hold()
+    async with open_world(small=small) as world:
         answers: list[httpx.Response] = []
 
         async def ask() -> None:
@@ -215,6 +231,8 @@ async def test_a_question_shared_by_many_is_one_answer_for_all() -> None:
         async with anyio.create_task_group() as group:
             for _ in range(8):
                 group.start_soon(ask)
+            await world.until(lambda: world.following == 8)
+            small.release()
 
         assert world.small.calls == 1
         assert {text_of(answer) for answer in answers} == {"This is a scripted answer."}
