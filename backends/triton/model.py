@@ -159,6 +159,7 @@ class ModelWatch:
         self._turn = anyio.Lock()
         self._loaded: LoadedModel | None = None
         self._answered = 0
+        self._began_warm_up = False
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -186,7 +187,11 @@ class ModelWatch:
                 if not await self._server.is_ready(within_s):
                     raise await self._not_ready()
         except TimeoutError as error:
-            raise BackendOverloaded(f"model '{self._model.name}' is being warmed up", backend=self._backend) from error
+            name = self._model.name
+            if self._loaded is None and self._began_warm_up:
+                raise BackendOverloaded(f"model '{name}' is being warmed up", backend=self._backend) from error
+            message = f"the server did not answer for model '{name}' within {within_s:g} s"
+            raise BackendTimeout(message, phase="total", backend=self._backend, model=name) from error
 
     async def known(self, clock: CallClock) -> LoadedModel:
         """The model, looked at first where it is not known, by the clocks of the call that needs it."""
@@ -215,6 +220,7 @@ class ModelWatch:
             return loaded
 
     async def _prepare(self) -> LoadedModel:
+        self._began_warm_up = False
         await self._server.connect(asyncio.get_running_loop().time() + ASK_WITHIN_S)
         await self._server.version(ASK_WITHIN_S)
         if not await self._server.is_ready(ASK_WITHIN_S):
@@ -261,6 +267,7 @@ class ModelWatch:
         asked: Parameters = {"max_tokens": WARM_UP_TOKENS, "top_k": 1}
         inference = self._server.infer(loaded.tensors(WARM_UP_PROMPT, asked), "warm-up")
         texts = []
+        self._began_warm_up = True
         try:
             async with asyncio.timeout(WARM_UP_WITHIN_S):
                 while (response := await inference.next()) is not None:

@@ -847,6 +847,10 @@ async def test_while_a_model_is_warmed_up_it_says_so_and_closing_fails_who_waits
             process.resume()
 
 
+def _is_stopped(process: psutil.Process) -> bool:
+    return all(psutil.Process(thread.id).status() == psutil.STATUS_STOPPED for thread in process.threads())
+
+
 @pytest.mark.slow
 async def test_a_server_too_busy_to_be_asked_keeps_its_models_in_use(
     start_triton: StartTriton, running: MakeBackend
@@ -856,6 +860,10 @@ async def test_a_server_too_busy_to_be_asked_keeps_its_models_in_use(
     await backend.check(within_s=5)
     process = psutil.Process(server.pid)
     process.suspend()
+    while not _is_stopped(process):
+        await asyncio.sleep(0.01)
+    with pytest.raises(BackendTimeout, match=r"did not answer for model 'bls' within 0\.5 s"):
+        await backend.check(within_s=0.5)
     await asyncio.sleep(ASK_WITHIN_S + 0.5)
     process.resume()
     await ask(backend, Script())
