@@ -38,7 +38,7 @@ from gateway.answer import Head
 from gateway.auth import KeyRing
 from gateway.background import Background
 from gateway.faces import build_app
-from gateway.fleet import Engine, Fleet
+from gateway.fleet import Engine, Fleet, import_for
 from gateway.health import Health
 from gateway.pipeline import Pipeline
 from gateway.settings import Settings
@@ -252,6 +252,7 @@ def _watch_policy(
         now=time.time,
         last_good=_last_good_path(settings),
         template_fault=template_fault,
+        prepare=lambda policy: import_for(policy.file.backends.values()),
         on_reload=reloaded,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import importlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -63,6 +64,12 @@ def engine_identity(spec: BackendSpec) -> str | None:
 
 def _identity(*parts: object) -> str:
     return msgspec.json.encode(parts).decode()
+
+
+def import_for(specs: Iterable[BackendSpec]) -> None:
+    """Import what backends of these specs need and others do not: a quarter of a second for a Triton's. Blocks."""
+    if any(isinstance(spec, TritonBackendSpec) for spec in specs):
+        importlib.import_module("backends.triton.backend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,7 @@ class Fleet:
         )
 
     def _triton(self, name: str, spec: TritonBackendSpec) -> Backend:
-        # gRPC and numpy take 37 MB and a quarter of a second, which nobody pays who has no Triton.
+        # gRPC and numpy take 37 MB and a quarter of a second (see `import_for`), which nobody pays who has no Triton.
         from backends.triton.backend import TritonBackend
         from backends.triton.model import TritonModel
         from backends.triton.server import Tls, TritonServer

@@ -69,6 +69,7 @@ class PolicyWatch(Generic[T]):
     what came of the policy file itself, `PolicyError` or whatever `compile` raised. It blocks on the disk.
 
     `compile` makes of a policy what requests use (a router, backends); it runs on the event loop and should be short.
+    What it needs that is not, `prepare` does before it, in a thread.
     `retire` is given each compiled value that was replaced, while requests that began under it may still run.
     `on_reload` is told of every reload after the first, and of a first one that failed. `now` gives the time for
     `Reload.at`.
@@ -83,6 +84,7 @@ class PolicyWatch(Generic[T]):
         now: Callable[[], float],
         last_good: Path | None = None,
         template_fault: TemplateFault = no_template_check,
+        prepare: Callable[[Policy], None] | None = None,
         on_reload: Callable[[Reload], None] | None = None,
         retire: Callable[[T], None] | None = None,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
@@ -91,6 +93,7 @@ class PolicyWatch(Generic[T]):
         self._path = path
         self._env = env
         self._template_fault = template_fault
+        self._prepare = prepare
         self._compile = compile
         self._now = now
         self._on_reload = on_reload
@@ -153,17 +156,20 @@ class PolicyWatch(Generic[T]):
             return error.mistakes
 
     def _parse(self, found: Found) -> Policy:
-        """The policy in it. Raises `PolicyError`, whatever it trips over."""
+        """The policy in it, prepared. Raises `PolicyError`, whatever it trips over."""
         if not isinstance(found, bytes):
             raise PolicyError(found)
         try:
-            return parse_policy(found, self._path, self._env, self._template_fault)
+            policy = parse_policy(found, self._path, self._env, self._template_fault)
+            if self._prepare is not None:
+                self._prepare(policy)
         except PolicyError:
             raise
         except Exception as error:  # an operator's text can be odd in ways that nobody thought of
             # Without the error's own text, which may hold a value from the environment.
             message = f"can not be loaded: {type(error).__name__}"
             raise Findings(str(self._path)).fatal(START, (), message) from error
+        return policy
 
     def _begin(self) -> Reload:
         """Put in force what there is to begin with. Returns what came of the policy file."""

@@ -50,6 +50,7 @@ class World:
         env: Mapping[str, str] = ENV,
         last_good: Path | None = None,
         template_fault: Callable[[str], str | None] = lambda _: None,
+        prepare: Callable[[Policy], None] | None = None,
     ) -> None:
         self.path = path
         self.time = Steps()
@@ -62,6 +63,7 @@ class World:
             now=lambda: 1000.0 + len(self.reloads),
             last_good=last_good,
             template_fault=template_fault,
+            prepare=prepare,
             on_reload=self.reloads.append,
             retire=self.retired.append,
             sleep=self.time.sleep,
@@ -124,6 +126,26 @@ async def test_a_saved_change_is_in_force_after_two_looks(world: World, save: Ca
     assert world.retired == [old.compiled]
     assert world.watch.last_reload == Reload(result="loaded", version=new.policy.version, at=1000.0)
     assert world.results == ["loaded"]
+
+
+async def test_what_takes_its_time_is_prepared_beside_the_loop_and_before_the_policy_is_compiled(
+    tmp_path: Path,
+) -> None:
+    done: list[tuple[str, str, bool]] = []
+
+    def note(what: str, policy: Policy) -> None:
+        done.append((what, policy.version, threading.current_thread() is threading.main_thread()))
+
+    def compiled(policy: Policy) -> str:
+        note("compiled", policy)
+        return name_of(policy)
+
+    world = World(write(tmp_path, GOOD), compiled, prepare=lambda policy: note("prepared", policy))
+    done.clear()
+    world.path.write_text(text("0.3"), encoding="utf-8")
+    version = (await world.watch.reload()).version
+
+    assert done == [("prepared", version, False), ("compiled", version, True)]
 
 
 async def test_the_swapped_symlink_of_a_config_map_is_seen(tmp_path: Path) -> None:
