@@ -139,7 +139,8 @@ class TritonServer:
 
     def events(self, event: str | None = None, *, request_id: str | None = None) -> list[dict[str, Any]]:
         """Return what the scripted models noted, in order; `at_s` is on the clock of `time.monotonic`."""
-        noted = [json.loads(line) for line in self._journal.read_text().splitlines()]
+        whole_lines = self._journal.read_text().rpartition("\n")[0]  # the next may be just being written
+        noted = [json.loads(line) for line in whole_lines.splitlines()]
         return [
             line
             for line in noted

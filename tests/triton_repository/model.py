@@ -65,8 +65,9 @@ class TritonPythonModel:
 
     def note(self, event, request_id="", **more):
         line = {"event": event, "model": self.name, "id": request_id, "at_s": time.monotonic(), **more}
-        with Path(os.environ["FOREBAY_TRITON_JOURNAL"]).open("a") as journal:
-            journal.write(json.dumps(line) + "\n")
+        # In one write each, since several models write to it.
+        with Path(os.environ["FOREBAY_TRITON_JOURNAL"]).open("ab", buffering=0) as journal:
+            journal.write(json.dumps(line).encode() + b"\n")
 
     def _serve(self, request, sender):
         request_id = request.request_id()
