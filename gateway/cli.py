@@ -262,7 +262,7 @@ def _print_first_steps(url: str, key: str) -> None:
     print(
         f"""
 Two tiny models answer (135 and 270 million parameters): they prove the plumbing, not quality.
-Local models may take a few seconds to load; until then the gateway answers 503.
+Local models may take a few seconds to load; until then they answer 502 or 503, and /readyz says what is missing.
 
 Try it:
 
